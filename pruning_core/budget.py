@@ -1,0 +1,222 @@
+"""How many units are cut, and which: exact counts, limits per layer, ties by index, in O(n).
+
+Amounts are counted in *weights*, not in units, so that layers with units of different sizes compete fairly. A cut is
+always the longest run of lowest-scored units that fits: reached is never above asked, and less than one unit below.
+
+Selection is a radix descent over the bits of the float32 scores: three histograms (12 + 10 + 10 bits) per layer locate
+the exact score at which the running count meets the amount. Nothing is sorted and no score is gathered from another
+rank: with ``ranks`` only the histograms are summed, so the bytes sent do not depend on the size of the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+LEVELS = ((20, 12), (10, 10), (0, 10))
+"""(shift, bits) of the three digits of a 32 bit key."""
+
+
+class Ranks(Protocol):
+    """What selection over several ranks needs. Rank order is index order."""
+
+    def sum_(self, x: Tensor) -> Tensor: ...
+
+    def before(self, x: Tensor) -> Tensor:
+        """The sum of ``x`` over the ranks before this one."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One layer as the ranking sees it.
+
+    ``scores`` gives the flat float32 scores of the units that this rank owns, in index order; it is called once per
+    digit, so that only one layer's scores are in memory at a time. Units that are cut already score ``-inf``.
+    ``sizes``: weights per unit, one number or a flat int64 tensor beside the scores. ``weights``: the layer's size.
+    ``capacity``: how many of its weights the units hold in all, over all ranks.
+    """
+
+    name: str
+    scores: Callable[[], Tensor]
+    sizes: int | Tensor
+    weights: int
+    capacity: int
+
+    @property
+    def unit(self) -> int:
+        """The size of a (whole) unit."""
+        return self.sizes if isinstance(self.sizes, int) else int(self.sizes.max()) if self.sizes.numel() else 1
+
+
+def share_of(ratio: float, weights: int) -> int:
+    """The count that a ratio means: nearest, so that 0.1 of 10 is 1 whatever the binary rounding of 0.1."""
+    return math.floor(ratio * weights + 0.5)
+
+
+def cut_together(
+    layers: Sequence[Ranked], share: float, least: float, most: float, ranks: Ranks | None = None
+) -> list[Tensor]:
+    """Global scope: the lowest units of all layers together; bool per layer and unit, True = cut.
+
+    Every layer ends between ``min(least, share)`` and ``most``, to one unit, while the total stays exact.
+    """
+    return cut_within(layers, *limits(layers, share, least, most), ranks)
+
+
+def cut_within(
+    layers: Sequence[Ranked], asked: int, lows: Sequence[int], highs: Sequence[int], ranks: Ranks | None = None
+) -> list[Tensor]:
+    """The lowest units of all layers together that fit into ``asked`` weights, with a least and most per layer."""
+    low, high = (torch.tensor(list(each), dtype=torch.int64).unsqueeze(1) for each in (lows, highs))
+
+    def meets(upto: Tensor) -> Tensor:
+        return _first(upto.clamp(low, high).sum(0) >= asked).expand(len(layers))
+
+    cutoffs = _descend(layers, meets, ranks)
+    amounts = [min(max(cutoff.below, lo), hi) for cutoff, lo, hi in zip(cutoffs, lows, highs, strict=True)]
+    left = asked - sum(amounts)
+    for i, layer in enumerate(layers):  # the ties at the common cutoff, in layer order
+        step = layer.sizes if isinstance(layer.sizes, int) else 1
+        more = max(0, min(min(cutoffs[i].upto, highs[i]) - amounts[i], left) // step * step)
+        amounts[i] += more
+        left -= more
+    held = [i for i, c in enumerate(cutoffs) if not c.below <= amounts[i] <= c.upto]  # at a limit of their own
+    for i, cutoff in zip(
+        held, _descend_apart([layers[i] for i in held], [amounts[i] for i in held], ranks), strict=True
+    ):
+        cutoffs[i] = cutoff
+    return _cut_at(layers, amounts, cutoffs, ranks)
+
+
+def cut_apart(layers: Sequence[Ranked], amounts: Sequence[int], ranks: Ranks | None = None) -> list[Tensor]:
+    """In every layer by itself the lowest units that fit into ``amounts`` weights; bool, True = cut."""
+    return _cut_at(layers, amounts, _descend_apart(layers, amounts, ranks), ranks)
+
+
+def limits(layers: Sequence[Ranked], share: float, least: float, most: float) -> tuple[int, list[int], list[int]]:
+    """The number of weights to cut in all, and the least and most of each layer, in whole units.
+
+    Limits are rounded down to whole units. Where that leaves too little room for the total (``most`` at or just above
+    the share), layers in order give one unit more, but never their last one.
+    """
+    asked = share_of(share, sum(layer.weights for layer in layers))
+    lows, highs = [], []
+    for layer in layers:
+        lows.append(_whole_units(min(least, share), layer))
+        highs.append(min(_whole_units(most, layer), layer.capacity))
+    missing = asked - sum(highs)
+    for i, layer in enumerate(layers):
+        if missing >= layer.unit and highs[i] + layer.unit < layer.capacity:
+            highs[i] += layer.unit
+            missing -= layer.unit
+    largest = max((layer.unit for layer in layers), default=1)
+    if missing >= largest:
+        raise ValueError(
+            f"max_sparsity_ratio_per_op: {most} of every layer leaves room for {sum(highs)} zeros, got a target that "
+            f"needs {asked}; raise it, use smaller units or lower target_sparsity"
+        )
+    return min(asked, sum(highs)), lows, highs
+
+
+def _whole_units(ratio: float, layer: Ranked) -> int:
+    # 1e-6 of a weight absorbs the binary rounding of ratios such as 0.29.
+    return math.floor(ratio * layer.weights / layer.unit + 1e-6) * layer.unit
+
+
+class _Cutoff(NamedTuple):
+    """The key at which a layer's count meets the amount, and the counts below it and up to it."""
+
+    key: int
+    below: int
+    upto: int
+
+
+def _descend_apart(layers: Sequence[Ranked], amounts: Sequence[int], ranks: Ranks | None) -> list[_Cutoff]:
+    asked = torch.tensor(list(amounts), dtype=torch.int64).unsqueeze(1)
+    return _descend(layers, lambda upto: _first(upto >= asked), ranks)
+
+
+def _descend(layers: Sequence[Ranked], meets: Callable[[Tensor], Tensor], ranks: Ranks | None) -> list[_Cutoff]:
+    """Finds the keys digit by digit. ``meets`` takes counts (layers, digits) up to each digit, gives one digit each."""
+    if not layers:
+        return []
+    key, below, upto = (torch.zeros(len(layers), dtype=torch.int64) for _ in range(3))
+    for level, (_, bits) in enumerate(LEVELS):
+        counts = torch.stack([_histogram(layer, int(key[i]), level) for i, layer in enumerate(layers)])
+        counts = (ranks.sum_(counts) if ranks else counts).cpu()
+        running = below.unsqueeze(1) + counts.cumsum(1)
+        digit = meets(running).unsqueeze(1)
+        upto = running.gather(1, digit).squeeze(1)
+        below = upto - counts.gather(1, digit).squeeze(1)
+        key = (key << bits) | digit.squeeze(1)
+    return [_Cutoff(*row) for row in torch.stack([key, below, upto], 1).tolist()]
+
+
+def _first(met: Tensor) -> Tensor:
+    """Index of the first True along the last axis, the last index when there is none."""
+    met = met.clone()
+    met[..., -1] = 1
+    return met.to(torch.uint8).argmax(-1)
+
+
+def _keys(scores: Tensor) -> Tensor:
+    """float32 -> int32 in the same order, -inf lowest."""
+    bits = scores.contiguous().view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _histogram(layer: Ranked, prefix: int, level: int) -> Tensor:
+    """Weights per digit at this level, among the units whose higher digits are ``prefix``; int64."""
+    keys, sizes = _keys(layer.scores()), layer.sizes
+    shift, bits = LEVELS[level]
+    if level:
+        chosen = (keys >> LEVELS[level - 1][0]) == _signed(prefix, level - 1)
+        keys = keys[chosen]
+        sizes = sizes[chosen] if isinstance(sizes, Tensor) else sizes
+    digits = (keys >> shift) & ((1 << bits) - 1) if level else (keys >> shift) + (1 << (bits - 1))
+    if isinstance(sizes, Tensor):
+        return torch.bincount(digits, weights=sizes, minlength=1 << bits).round().long()
+    return torch.bincount(digits, minlength=1 << bits) * sizes
+
+
+def _signed(prefix: int, level: int) -> int:
+    """A prefix counts its first digit from 0; keys are signed."""
+    taken = sum(bits for _, bits in LEVELS[: level + 1])
+    return prefix - (1 << (taken - 1))
+
+
+def _cut_at(
+    layers: Sequence[Ranked], amounts: Sequence[int], cutoffs: Sequence[_Cutoff], ranks: Ranks | None
+) -> list[Tensor]:
+    """Everything below each cutoff, and of the ties as many as fit into the amount, in index order."""
+    rooms = [amount - cutoff.below for amount, cutoff in zip(amounts, cutoffs, strict=True)]
+    if ranks is not None and layers:
+        ties = [_ties(layer, cutoff.key) for layer, cutoff in zip(layers, cutoffs, strict=True)]
+        earlier = ranks.before(torch.tensor(ties, device=layers[0].scores().device)).tolist()
+        rooms = [room - before for room, before in zip(rooms, earlier, strict=True)]
+    return [_cut(*each) for each in zip(layers, (c.key for c in cutoffs), rooms, strict=True)]
+
+
+def _ties(layer: Ranked, key: int) -> int:
+    """How many of this rank's weights stand exactly at the cutoff."""
+    tied = _keys(layer.scores()) == _signed(key, len(LEVELS) - 1)
+    return int(layer.sizes[tied].sum()) if isinstance(layer.sizes, Tensor) else int(tied.sum()) * layer.sizes
+
+
+def _cut(layer: Ranked, key: int, room: int) -> Tensor:
+    keys, exact = _keys(layer.scores()), _signed(key, len(LEVELS) - 1)
+    cut = keys < exact
+    if room > 0:
+        tied = (keys == exact).nonzero().squeeze(1)
+        if isinstance(layer.sizes, Tensor):
+            tied = tied[layer.sizes[tied].cumsum(0) <= room]
+        else:
+            tied = tied[: room // layer.sizes]
+        cut[tied] = True
+    return cut

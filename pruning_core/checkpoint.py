@@ -1,0 +1,143 @@
+"""Checkpoints that survive a kill and load without running code.
+
+``save`` writes tensors and plain data to a temporary file beside the target, flushes it to the disk and renames it:
+at every moment the path holds the old file or the new one, whole. ``load`` is ``torch.load(weights_only=True)``.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import tempfile
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PLAIN = (bool, int, float, str, bytes, type(None))
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be written or read as a checkpoint; the message says what and where."""
+
+
+class _Write(Protocol):
+    def __call__(self, file: BinaryIO) -> object: ...
+
+
+def write_atomically(path: str | Path, write: _Write) -> None:
+    """Runs ``write(file)`` on a temporary file in the same folder, then renames it over ``path``."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the rename itself durable, on systems that can open a folder."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save(state: dict[str, Any], path: str | Path) -> None:
+    """Saves a dict of tensors and plain data, nested as deep as you like."""
+    if not isinstance(state, dict):
+        raise CheckpointError(f"checkpoint: must be a dict, got {type(state).__name__}; save state dicts, not objects")
+    plain = _plain(state, "")
+    write_atomically(path, lambda file: torch.save(plain, file))
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A copy made of tensors and plain data only, or CheckpointError naming the first thing that is neither."""
+    if isinstance(value, Tensor):
+        return value.detach() if type(value) in (Tensor, torch.nn.Parameter) else value
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in PLAIN:
+        return value
+    if isinstance(value, dict):
+        return {_key(key, where): _plain(each, f"{where}[{key!r}]") for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each, f"{where}[{i}]") for i, each in enumerate(value)]
+    if isinstance(value, tuple):
+        return tuple(_plain(each, f"{where}[{i}]") for i, each in enumerate(value))
+    raise CheckpointError(
+        f"checkpoint{where}: only tensors and plain data are saved, got {type(value).__name__}; "
+        "save its state_dict, a number, a string, a list or a dict"
+    )
+
+
+def _key(key: Any, where: str) -> Any:
+    if type(key) in PLAIN:
+        return key
+    raise CheckpointError(f"checkpoint{where}: keys must be plain data, got {key!r}; use a string")
+
+
+def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Loads what ``save`` wrote. Files that hold pickled objects are refused, never run."""
+    path = Path(path)
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; check the path of the checkpoint") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{path}: is a folder; give the file inside it") from None
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: holds objects, or is damaged, and was not loaded ({reason})") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: must hold a dict, got {type(state).__name__}; save state dicts")
+    return state
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every random generator that training draws from: Python, NumPy, torch, CUDA. Plain data."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def load_rng_state(state: dict[str, Any]) -> None:
+    """Puts every random generator back to where ``rng_state`` found it."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"]:
+        if len(state["cuda"]) != torch.cuda.device_count():
+            have = torch.cuda.device_count()
+            raise CheckpointError(f"rng_state: holds {len(state['cuda'])} CUDA generators, got {have} devices")
+        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])

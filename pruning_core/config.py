@@ -1,0 +1,391 @@
+"""Every option, declared once. YAML, dicts, keyword arguments and docs/configuration.md all come from here.
+
+Local options win over global ones, and both over the defaults. Everything is checked when a configuration is built;
+the caller's dicts are never changed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from numbers import Integral
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pruning_core.criteria import CRITERIA, Criterion
+from pruning_core.patterns import Pattern, parse_pattern
+from pruning_core.registry import did_you_mean
+from pruning_core.schedules import SCHEDULES, Timetable
+from pruning_core.yaml_file import read_mapping
+
+PROGRESSIVE = "_progressive"
+LOCK = "pattern_lock"
+
+
+def _whole(value: object) -> object:
+    """Integers of any library, never 2.5 and never True."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    raise ValueError(f"must be a whole number, got {value!r}")
+
+
+def _names(value: object) -> object:
+    if isinstance(value, str):
+        raise ValueError(f"must be a list of names, got {value!r}; write [{value!r}]")
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _regular_expressions(value: list[str]) -> list[str]:
+    for pattern in value:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"not a regular expression ({error}), got {pattern!r}; escape it with re.escape") from None
+    return value
+
+
+Step = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+Ratio = Annotated[float, Field(ge=0, lt=1, strict=True, allow_inf_nan=False)]
+Names = Annotated[list[str], BeforeValidator(_names)]
+
+
+class PrunerOptions(BaseModel):
+    """The options of one pruner: a group of layers that is ranked together."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    target_sparsity: Annotated[Ratio, Field(description="share of zeros at `end_step`; for N:M patterns 1 - N/M")] = 0.8
+    pruning_type: Annotated[
+        str, Field(description="a criterion, a criterion + `_progressive`, or `pattern_lock` (today's zeros stay)")
+    ] = "snip_momentum"
+    pattern: Annotated[
+        str, Field(description="`NxM` blocks (N output by M input channels), `1xchannel`, `channelx1`, or `N:M`")
+    ] = "4x1"
+    op_names: Annotated[Names, Field(description="regular expressions (`re.search`); empty: all layers")] = []
+    excluded_op_names: Annotated[Names, Field(description="regular expressions of layers that stay dense")] = []
+    extra_excluded_op_names: Annotated[Names, Field(description="excluded as well, on top of `excluded_op_names`")] = []
+    pruning_op_types: Annotated[
+        Names, Field(description="`Conv` (every convolution), `Linear`, or exact class names", min_length=1)
+    ] = ["Conv", "Linear"]
+    start_step: Annotated[Step, Field(description="optimizer step of the first mask change")] = 0
+    end_step: Annotated[Step, Field(description="step at which the target is reached; `start_step`: one-shot")] = 0
+    pruning_frequency: Annotated[Positive, Field(description="steps between two mask changes")] = 1
+    sparsity_decay_type: Annotated[str, Field(description="the schedule between the two steps")] = "exp"
+    pruning_scope: Annotated[
+        Literal["global", "local"], Field(description="rank all layers together, or each by itself")
+    ] = "global"
+    min_sparsity_ratio_per_op: Annotated[Ratio, Field(description="each layer reaches at least this (global)")] = 0.0
+    max_sparsity_ratio_per_op: Annotated[Ratio, Field(description="no layer exceeds this")] = 0.98
+    criterion_reduce_type: Annotated[
+        Literal["mean", "sum", "max"], Field(description="how the scores of a unit become one score")
+    ] = "mean"
+    momentum_decay: Annotated[
+        float, Field(gt=0, le=1, strict=True, description="a in `S = a S + b |w g|` (snip_momentum)")
+    ] = 1.0
+    momentum_gain: Annotated[
+        float, Field(gt=0, strict=True, allow_inf_nan=False, description="b in `S = a S + b |w g|`")
+    ] = 0.9
+    progressive_steps: Annotated[Positive, Field(description="portions between two mask changes (progressive)")] = 4
+    progressive_type: Annotated[
+        Literal["scores", "linear"], Field(description="order inside doomed units: lowest score first, or by position")
+    ] = "scores"
+    reg_type: Annotated[Literal["group_lasso"] | None, Field(description="shrinks whole units while pruning")] = None
+    reg_coeff: Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False, description="its strength")] = 0.0
+
+    @field_validator("op_names", "excluded_op_names", "extra_excluded_op_names")
+    @classmethod
+    def _compile(cls, value: list[str]) -> list[str]:
+        return _regular_expressions(value)
+
+    @field_validator("pattern")
+    @classmethod
+    def _parse(cls, value: str) -> str:
+        return str(parse_pattern(value))
+
+    @field_validator("pruning_type")
+    @classmethod
+    def _known_type(cls, value: str) -> str:
+        if value != LOCK and value.removesuffix(PROGRESSIVE) not in CRITERIA:
+            known = [*CRITERIA, *(name + PROGRESSIVE for name in CRITERIA), LOCK]
+            raise ValueError(f"unknown pruning type, got {value!r}; {did_you_mean(value, known)}")
+        return value
+
+    @field_validator("sparsity_decay_type")
+    @classmethod
+    def _known_schedule(cls, value: str) -> str:
+        SCHEDULES[value]
+        return value
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Self:
+        for option, problem in self._impossible():
+            raise ValueError(f"{option}: {problem}")
+        return self
+
+    def _impossible(self) -> list[tuple[str, str]]:
+        """(option, what is wrong) for every pair of options that cannot both hold."""
+        wrong = []
+        if self.start_step > self.end_step:
+            wrong.append(("end_step", f"must not lie before start_step {self.start_step}, got {self.end_step}"))
+        if self.min_sparsity_ratio_per_op > self.max_sparsity_ratio_per_op:
+            low = self.min_sparsity_ratio_per_op
+            wrong.append(
+                ("max_sparsity_ratio_per_op", f"below the minimum {low}, got {self.max_sparsity_ratio_per_op}")
+            )
+        if self.kind == LOCK:
+            if self.start_step != self.end_step:
+                problem = f"pattern_lock has no schedule, got {self.end_step}; set it to start_step {self.start_step}"
+                wrong.append(("end_step", problem))
+            return wrong
+        highest = self.parsed_pattern.max_sparsity
+        if self.target_sparsity > highest + 1e-9:
+            problem = f"pattern {self.pattern} allows at most {highest:g}, got {self.target_sparsity}"
+            wrong.append(("target_sparsity", problem + "; lower it or change the pattern"))
+        if self.target_sparsity > self.max_sparsity_ratio_per_op:
+            problem = f"above max_sparsity_ratio_per_op {self.max_sparsity_ratio_per_op}, got {self.target_sparsity}"
+            wrong.append(("target_sparsity", problem + "; raise the maximum or lower the target"))
+        if self.reg_type is None and self.reg_coeff:
+            wrong.append(
+                ("reg_coeff", f"does nothing without reg_type, got {self.reg_coeff}; add reg_type: group_lasso")
+            )
+        if self.reg_type and not self.reg_coeff:
+            wrong.append(("reg_type", "does nothing with reg_coeff 0, got 'group_lasso'; set reg_coeff above 0"))
+        if self.reg_type and not self.parsed_pattern.folds_linearly:
+            wrong.append(("reg_type", f"group_lasso needs blocks or channels, got pattern {self.pattern}; use NxM"))
+        for option in ("momentum_decay", "momentum_gain"):
+            default = type(self).model_fields[option].default
+            if getattr(self, option) != default and not self.criterion.accumulates:
+                wrong.append((option, f"does nothing with {self.pruning_type}, got {getattr(self, option)}; remove it"))
+        return wrong
+
+    @property
+    def kind(self) -> str:
+        """ "basic", "progressive" or "pattern_lock"."""
+        if self.pruning_type == LOCK:
+            return LOCK
+        return "progressive" if self.pruning_type.endswith(PROGRESSIVE) else "basic"
+
+    @cached_property
+    def criterion(self) -> Criterion:
+        name = "magnitude" if self.kind == LOCK else self.pruning_type.removesuffix(PROGRESSIVE)
+        return CRITERIA[name]()
+
+    @cached_property
+    def parsed_pattern(self) -> Pattern:
+        return parse_pattern(self.pattern)
+
+    @cached_property
+    def timetable(self) -> Timetable:
+        schedule = SCHEDULES[self.sparsity_decay_type]()
+        return Timetable(self.start_step, self.end_step, self.pruning_frequency, self.target_sparsity, schedule)
+
+
+ALIASES = {
+    "names": "op_names",
+    "not_to_prune_names": "excluded_op_names",
+    "excluded_names": "excluded_op_names",
+    "exclude_names": "extra_excluded_op_names",
+    "extra_excluded_names": "extra_excluded_op_names",
+    "prune_layer_type": "pruning_op_types",
+    "prune_domain": "pruning_scope",
+    "prune_type": "pruning_type",
+    "criterion_type": "pruning_type",
+    "update_frequency_on_step": "pruning_frequency",
+    "max_sparsity_ratio_per_layer": "max_sparsity_ratio_per_op",
+    "min_sparsity_ratio_per_layer": "min_sparsity_ratio_per_op",
+}
+"""Neural Compressor's other spellings, first and second generation, in YAML and in dicts."""
+
+DROPPED = {
+    "low_memory_usage": "scores are stored per unit already; remove it",
+    "resume_from_pruned_checkpoint": "use pruner.load_state_dict, or pruning_type: pattern_lock; remove it",
+    "backend": "PyTorch is the only one; remove it",
+    "progressive": "write pruning_type: snip_momentum_progressive instead",
+}
+"""Neural Compressor's options that have no counterpart, and what to do."""
+
+
+class WeightPruningConfig:
+    """The options of all pruners of one run.
+
+    ``WeightPruningConfig([{...}, {...}], target_sparsity=0.9)``: a dict per pruner, completed by the global options
+    and then by the defaults. One dict, a path to a YAML file, or another configuration do as well.
+    """
+
+    def __init__(self, pruning_configs: Any = None, **options: Any) -> None:
+        if isinstance(pruning_configs, WeightPruningConfig):
+            given = [_Given("", {}, f"pruning_configs[{i}].", dict(p)) for i, p in enumerate(pruning_configs._explicit)]
+        else:
+            given = _read(pruning_configs)
+        for each in given:
+            each.top.update(options)
+        self._explicit: tuple[dict[str, Any], ...] = tuple(each.merged() for each in given)
+        self.pruners = tuple(each.validated() for each in given)
+
+    def updated(self, **options: Any) -> WeightPruningConfig:
+        """The same configuration with some options changed for every pruner, checked again as a whole."""
+        where = "update_items_for_all_pruners."
+        given = [_Given(where, options, where, {}) for _ in self._explicit]
+        changed = [{**old, **each.merged()} for old, each in zip(self._explicit, given, strict=True)]
+        return WeightPruningConfig(changed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options of all pruners, plain data; ``WeightPruningConfig(**d)`` reads it back."""
+        return {"pruning_configs": [options.model_dump() for options in self.pruners]}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, WeightPruningConfig) and self.pruners == other.pruners
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"WeightPruningConfig({json.dumps([dict(p) for p in self._explicit])})"
+
+
+class _Given:
+    """What the user wrote for one pruner: global and local options, each with the prefix that messages show."""
+
+    def __init__(self, top_where: str, top: Mapping[str, Any], where: str, local: Mapping[str, Any]) -> None:
+        self.top_where, self.top, self.where, self.local = top_where, dict(top), where, local
+        self.spelled: dict[str, str] = {}
+
+    def merged(self) -> dict[str, Any]:
+        """Native option names -> values, local over global."""
+        options = self._native(self.top_where, self.top)
+        options.update(self._native(self.where, self.local))
+        return options
+
+    def _native(self, where: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        native: dict[str, Any] = {}
+        seen: dict[str, str] = {}
+        options = dict(options)
+        parameters = options.pop("parameters", {})
+        if not isinstance(parameters, Mapping):
+            raise ValueError(f"{where}parameters: must be a mapping, got {parameters!r}; write reg_coeff itself")
+        for key, value in [*options.items(), *parameters.items()]:
+            if key in DROPPED:
+                raise ValueError(f"{where}{key}: has no meaning here, got {value!r}; {DROPPED[key]}")
+            name = ALIASES.get(key, key)
+            if name in seen:
+                raise ValueError(f"{where}{key}: is the same option as {seen[name]}, got both; keep one")
+            if name not in PrunerOptions.model_fields:
+                hint = did_you_mean(key, PrunerOptions.model_fields)
+                raise ValueError(f"{where}{key}: unknown option, got {value!r}; {hint}")
+            seen[name] = key
+            self.spelled[name] = f"{where}{key}"
+            native[name] = value
+        return native
+
+    def validated(self) -> PrunerOptions:
+        options = self.merged()
+        if "target_sparsity" not in options and isinstance(options.get("pattern"), str):
+            try:
+                highest = parse_pattern(options["pattern"]).max_sparsity
+            except ValueError:
+                highest = 1.0  # the validator below reports the pattern
+            if highest < 1:
+                options["target_sparsity"] = highest
+        try:
+            return PrunerOptions(**options)
+        except ValidationError as error:
+            raise ValueError("\n".join(self._line(each) for each in error.errors())) from None
+
+    def _line(self, error: Any) -> str:
+        """pydantic's error as one line: option, what is wrong, value, what is allowed."""
+        message, value = error["msg"], error["input"]
+        if error["type"] == "value_error":
+            message = message.removeprefix("Value error, ")
+            if not error["loc"]:  # a pair of options: the message begins with the option
+                option, _, message = message.partition(": ")
+                return f"{self.spelled.get(option, self.where + option)}: {message}"
+        else:
+            allowed = message.removeprefix("Input ").replace("should be", "must be")
+            if error["type"] == "too_short":
+                allowed = "must have at least one entry"
+            message = f"{'out of range' if 'than' in allowed else 'wrong value'}, got {value!r}; it {allowed}"
+        name, *inner = error["loc"]
+        suffix = "".join(f"[{i}]" for i in inner if isinstance(i, int))
+        return f"{self.spelled.get(name, self.where + name)}{suffix}: {message}"
+
+
+def _read(source: Any) -> list[_Given]:
+    """Whatever the user gave -> one ``_Given`` per pruner."""
+    if source is None:
+        return [_Given("", {}, "", {})]
+    if isinstance(source, str | Path):
+        return _from_mapping(read_mapping(source))
+    if isinstance(source, PrunerOptions):
+        return [_Given("", {}, "", source.model_dump(exclude_unset=True))]
+    if isinstance(source, Mapping):
+        return _from_mapping(source)
+    if isinstance(source, Sequence):
+        return _from_list("", {}, "pruning_configs", source)
+    raise ValueError(
+        f"config: must be a list of dicts, a dict, a YAML path or a WeightPruningConfig, got {type(source).__name__}"
+    )
+
+
+def _from_mapping(source: Mapping[str, Any]) -> list[_Given]:
+    if "pruning" in source:
+        return _from_neural_compressor(source)
+    if "pruning_configs" in source:
+        top = {key: value for key, value in source.items() if key != "pruning_configs"}
+        return _from_list("", top, "pruning_configs", source["pruning_configs"])
+    return [_Given("", {}, "", source)]
+
+
+def _from_neural_compressor(source: Mapping[str, Any]) -> list[_Given]:
+    """The layout of Neural Compressor 1.x files: pruning / approach / weight_compression_pytorch / pruners."""
+    section: Any = source
+    _only(source, "", ("version", "model", "pruning"))
+    where = ""
+    for names in (("pruning",), ("approach",), ("weight_compression_pytorch", "weight_compression")):
+        name = next((name for name in names if name in section), names[0])
+        if where:
+            _only(section, where, names)
+        where += f"{name}."
+        section = section.get(name)
+        if not isinstance(section, Mapping):
+            raise ValueError(f"{where[:-1]}: must be a mapping of options, got {section!r}; see docs/configuration.md")
+    top = {key: value for key, value in section.items() if key != "pruners"}
+    if "pruners" not in section:
+        return [_Given(where, {}, where, top)]
+    return _from_list(where, top, f"{where}pruners", section["pruners"])
+
+
+def _only(section: Mapping[str, Any], where: str, known: Sequence[str]) -> None:
+    for key in section:
+        if key not in known:
+            raise ValueError(f"{where}{key}: unknown section, got {section[key]!r}; {did_you_mean(key, known)}")
+
+
+def _from_list(top_where: str, top: Mapping[str, Any], where: str, pruners: Any) -> list[_Given]:
+    if not isinstance(pruners, Sequence) or isinstance(pruners, str) or not pruners:
+        raise ValueError(
+            f"{where}: must be a list with at least one pruner, got {pruners!r}; write [{{}}] for defaults"
+        )
+    given = []
+    for i, local in enumerate(pruners):
+        if isinstance(local, PrunerOptions):
+            local = local.model_dump(exclude_unset=True)
+        if not isinstance(local, Mapping):
+            raise ValueError(f"{where}[{i}]: must be a dict of options, got {local!r}")
+        given.append(_Given(top_where, top, f"{where}[{i}].", local))
+    return given
+
+
+def reference() -> str:
+    """The markdown table of all options; docs/configuration.md holds it and a test compares."""
+    spellings: dict[str, list[str]] = {}
+    for alias, name in ALIASES.items():
+        spellings.setdefault(name, []).append(f"`{alias}`")
+    rows = ["| option | default | meaning | also read as |", "| --- | --- | --- | --- |"]
+    for name, field in PrunerOptions.model_fields.items():
+        meaning = field.description or ""
+        rows.append(f"| `{name}` | `{field.default}` | {meaning} | {', '.join(spellings.get(name, []))} |")
+    return "\n".join(rows) + "\n"

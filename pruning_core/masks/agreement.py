@@ -1,0 +1,64 @@
+"""What ranks must agree on: which gradients are finite, and what the masks are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pruning_core.masks.basic import MaskGroup
+from pruning_core.masks.weight import MaskedWeight, checksum
+from pruning_core.sharding import local
+
+
+def non_finite(gradients: Sequence[Tensor], groups: Sequence[MaskGroup]) -> Tensor:
+    """Bool scalar on the gradients' device: some entry is inf or nan, on any rank that holds a slice.
+
+    One read of the gradients: a sum is finite only if all its terms are.
+    """
+    sums = []
+    for gradient in gradients:
+        values = local(gradient.detach())
+        values = values._values() if values.is_sparse else values
+        wide = torch.promote_types(values.dtype, torch.float32)
+        sums.append(values.sum(dtype=wide))
+    if not sums:
+        return torch.tensor(False)
+    device = sums[0].device
+    flag = ~torch.stack([each.double().to(device) for each in sums]).isfinite().all()
+    ranks = next((group.ranks for group in groups if group.ranks is not None), None)
+    return flag if ranks is None else ranks.max_(flag.to(torch.int32)) != 0
+
+
+def compare_ranks(groups: Sequence[MaskGroup], now: int, repair: bool) -> None:
+    """Every data-parallel rank must hold the same masks; all ranks find out together."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    weights = [weight for group in groups for weight in group.weights if weight.place.slice is None]
+    if not weights:
+        return
+    device = weights[0].keep.device
+    sums = torch.tensor([checksum(weight.keep) for weight in weights], dtype=torch.int64, device=device)
+    rows = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, sums)
+    differs = (torch.stack(rows) != rows[0]).any(0).tolist()
+    wrong = [weight for weight, different in zip(weights, differs, strict=True) if different]
+    if wrong and not repair:
+        names = ", ".join(weight.target.name for weight in wrong[:3])
+        raise RuntimeError(
+            f"masks of {len(wrong)} weights differ between ranks at step {now}, first {names}; gradients or weights "
+            "diverged. Wrap the model in DistributedDataParallel, load the pruner's state on every rank, or use "
+            "Pruning(..., on_divergence='repair')"
+        )
+    for weight in wrong:
+        _copy_from_first(weight)
+
+
+def _copy_from_first(weight: MaskedWeight) -> None:
+    for tensor in (weight.keep, weight.whole_units, weight.score, weight.weight()):
+        if tensor is not None:
+            whole = tensor.contiguous()
+            dist.broadcast(whole, 0)
+            tensor.copy_(whole)

@@ -1,0 +1,382 @@
+"""``Pruning``: what the user holds. It builds the groups, keeps the clock and calls the groups at the right moments."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pruning_core.config import LOCK, WeightPruningConfig
+from pruning_core.hooks import Clock, OptimizerHooks, unwrap_optimizer
+from pruning_core.masks import state as saved
+from pruning_core.masks.agreement import compare_ranks, non_finite
+from pruning_core.masks.basic import MaskGroup
+from pruning_core.masks.lasso import shrink_
+from pruning_core.masks.pattern_lock import LockedGroup
+from pruning_core.masks.progressive import ProgressiveGroup
+from pruning_core.masks.report import report_of
+from pruning_core.masks.weight import MaskedWeight, mask_
+from pruning_core.report import Report
+from pruning_core.selection import Selector, Spared, unwrap
+from pruning_core.sharding import local
+
+GROUPS: dict[str, type[MaskGroup]] = {"basic": MaskGroup, "progressive": ProgressiveGroup, LOCK: LockedGroup}
+
+
+class Pruning:
+    """Zeroes weights while training goes on.
+
+    Either the four hooks of the training loop::
+
+        pruner = Pruning(config)
+        pruner.model = model
+        pruner.on_train_begin()
+        ...  # per step: on_step_begin, backward, on_before_optimizer_step, optimizer.step, on_after_optimizer_step
+
+    or one line around any loop, driven by the optimizer's own hooks::
+
+        with Pruning(config).attach(model, optimizer):
+            ...
+
+    ``config``: a list of dicts, a dict, a YAML path or a ``WeightPruningConfig``. ``on_divergence``: what to do when
+    the masks of data-parallel ranks differ: "error", or "repair" from rank 0.
+    """
+
+    def __init__(self, config: Any = None, *, on_divergence: Literal["error", "repair"] = "error") -> None:
+        self.config = WeightPruningConfig(config)
+        if on_divergence not in ("error", "repair"):
+            raise ValueError(f"on_divergence: must be 'error' or 'repair', got {on_divergence!r}")
+        self.on_divergence = on_divergence
+        self.model: nn.Module | None = None
+        self.optimizer: Any = None
+        """Needed by group lasso under the explicit hooks: the learning rate is read from it."""
+        self.train_func: Callable[[nn.Module], Any] | None = None
+        self.eval_func: Callable[[nn.Module], Any] | None = None
+        self.metrics: dict[str, Any] = {}
+        self.groups: list[MaskGroup] = []
+        self._began = False
+        self._clocks: dict[Optimizer | None, Clock] = {}
+        self._params: dict[Optimizer | None, set[int] | None] = {}
+        self._hooks: OptimizerHooks | None = None
+        self._skipped: bool | Tensor = False
+        self._pending_state: dict[str, Any] | None = None
+        self._told_no_gradient = False
+
+    # ---- set-up -------------------------------------------------------------------------------------------------
+
+    def update_items_for_all_pruners(self, **options: Any) -> None:
+        """Changes options of every pruner, checked like the rest; before training begins."""
+        if self._began:
+            raise RuntimeError("update_items_for_all_pruners: training has begun; call it before on_train_begin")
+        self.config = self.config.updated(**options)
+
+    def on_train_begin(self, *, total_steps: int | None = None) -> None:
+        """Selects the layers and builds their masks. ``total_steps`` lets it warn when the end cannot be reached."""
+        self._begin([], total_steps)
+
+    def attach(self, model: nn.Module, *optimizers: Any, total_steps: int | None = None) -> Self:
+        """Prunes by the optimizers' own step hooks, until ``detach`` or the end of the ``with`` block."""
+        if not optimizers:
+            raise ValueError("attach: needs at least one optimizer, got none; pass attach(model, optimizer)")
+        inner = [unwrap_optimizer(optimizer) for optimizer in optimizers]
+        self.model = model
+        self._begin(inner, total_steps)
+        self._hooks = OptimizerHooks(self, inner)
+        self._advance()
+        return self
+
+    def _begin(self, optimizers: list[Optimizer], total_steps: int | None) -> None:
+        if self._began and any(clock.now for clock in self._clocks.values()):
+            raise RuntimeError("on_train_begin: training has begun already; call on_train_end, or make a new Pruning")
+        if self.model is None:
+            raise RuntimeError("on_train_begin: no model to prune; set pruner.model = model first")
+        self.groups = self._build(unwrap(self.model))
+        self._assign(optimizers)
+        self._began = True
+        if total_steps is not None:
+            self._warn_if_too_short(total_steps)
+        if self._pending_state is not None:
+            state, self._pending_state = self._pending_state, None
+            self.load_state_dict(state)
+
+    def _build(self, model: nn.Module) -> list[MaskGroup]:
+        """Each layer belongs to the first pruner that selects it."""
+        groups: list[MaskGroup] = []
+        taken: dict[int, str] = {}
+        for i, options in enumerate(self.config.pruners):
+            where = f"pruning_configs[{i}]"
+            excluded = [*options.excluded_op_names, *options.extra_excluded_op_names]
+            selector = Selector(where, options.op_names, excluded, options.pruning_op_types)
+            targets, spared = selector.select(model)
+            weights = []
+            for target in targets:
+                owner = taken.get(id(target.parameter))
+                reason = options.parsed_pattern.unfit(target.layout.shape(target.parameter.shape))
+                if owner is not None:
+                    spared.append(Spared(target.layer, type(target.module).__name__, f"pruned as {owner}"))
+                elif reason is not None and options.kind != LOCK:
+                    selector.spare(target, f"{reason} (pattern {options.pattern})", spared)
+                else:
+                    taken[id(target.parameter)] = f"{target.name} by {where}"
+                    weights.append(MaskedWeight(target, options))
+            if not weights:
+                reasons = "; ".join(f"{each.layer}: {each.reason}" for each in spared[:3])
+                raise ValueError(f"{where}: no layer is left to prune ({reasons}); change its op_names or exclusions")
+            groups.append(GROUPS[options.kind](where, options, weights, spared))
+        return groups
+
+    def _assign(self, optimizers: list[Optimizer]) -> None:
+        """One clock per optimizer that holds pruned weights; a step is over when each of them has made it."""
+        targets = {id(w.target.parameter): w.target.name for group in self.groups for w in group.weights}
+        self._clocks, self._params = {}, {}
+        for optimizer in optimizers:
+            held = {id(p) for param_group in optimizer.param_groups for p in param_group["params"]}
+            self._params[optimizer] = held & targets.keys()
+            if self._params[optimizer]:
+                self._clocks[optimizer] = Clock()
+        if not optimizers:
+            self._clocks, self._params = {None: Clock()}, {None: None}
+            if self.optimizer is None and any(group.options.reg_type for group in self.groups):
+                raise RuntimeError("reg_type: group_lasso needs the learning rate; set pruner.optimizer first")
+        elif not self._clocks:
+            raise ValueError("attach: the optimizers hold none of the pruned weights; pass the model's own optimizer")
+        if optimizers:
+            held = set().union(*(params or set() for params in self._params.values()))
+            for missing in [name for key, name in targets.items() if key not in held]:
+                warnings.warn(f"attach: no optimizer holds {missing}; it is masked but never trained", stacklevel=4)
+            lead = next(iter(self._clocks))
+            self._params[lead] = (self._params[lead] or set()) | (targets.keys() - held)
+
+    def _warn_if_too_short(self, total_steps: int) -> None:
+        for group in self.groups:
+            if group.options.kind != LOCK and group.table.end > total_steps:
+                warnings.warn(
+                    f"{group.where}.end_step: {group.table.end} lies after the last of {total_steps} optimizer steps; "
+                    f"the target {group.options.target_sparsity} will not be reached",
+                    stacklevel=4,
+                )
+
+    # ---- the hooks ----------------------------------------------------------------------------------------------
+
+    def on_step_begin(self, local_step: int | None = None) -> None:
+        """Before the forward pass. ``local_step``, when given, is the clock; otherwise finished steps are counted."""
+        self._check_began("on_step_begin")
+        self._clocks[None].begin(local_step)
+        self._advance()
+
+    def on_before_optimizer_step(self) -> None:
+        """After backward (and ``scaler.unscale_``), before the optimizer: reads gradients, regularizes."""
+        self._check_began("on_before_optimizer_step")
+        self.before_step(None)
+
+    def on_after_optimizer_step(self) -> None:
+        """After the optimizer: masks the weights, and changes the masks when that is due."""
+        self._check_began("on_after_optimizer_step")
+        self.after_step(None)
+
+    def on_train_end(self) -> None:
+        """Training is over: warns about every pruner that has not reached its target."""
+        if not self._began:
+            raise RuntimeError("on_train_end: training has not begun; call on_train_begin first")
+        self._began = False
+        for group in self.groups:
+            if not group.done:
+                warnings.warn(
+                    f"{group.where}: stopped at step {self.step} of end_step {group.table.end}, at sparsity "
+                    f"{group.share(self.step):.3f} of {group.options.target_sparsity}; steps are optimizer steps, not "
+                    "batches",
+                    stacklevel=2,
+                )
+
+    def on_epoch_begin(self, epoch: int | None = None) -> None:
+        """Nothing happens here; kept so that loops written for Neural Compressor run."""
+
+    def on_epoch_end(self) -> None:
+        """Nothing happens here; kept so that loops written for Neural Compressor run."""
+
+    def on_step_end(self) -> None:
+        """Nothing happens here; kept so that loops written for Neural Compressor run."""
+
+    def _check_began(self, hook: str) -> None:
+        if not self._began:
+            raise RuntimeError(f"{hook}: training has not begun; set pruner.model and call on_train_begin first")
+        if self._hooks is not None:
+            raise RuntimeError(f"{hook}: the pruner is attached to the optimizer already; remove this call or attach")
+
+    # ---- what the hooks do --------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """The number of the optimizer step that comes next: every optimizer with pruned weights has made the others."""
+        return min((clock.now for clock in self._clocks.values()), default=0)
+
+    @property
+    def _step_at_most(self) -> int:
+        return min(clock.at_most for clock in self._clocks.values())
+
+    @torch.no_grad()
+    def before_step(self, optimizer: Optimizer | None) -> None:
+        now, params = self._step_at_most, self._params[optimizer]
+        scoring = [group for group in self.groups if group.wants_gradients(now)]
+        found_inf = getattr(optimizer, "found_inf", None)
+        bad: bool | Tensor = False
+        if found_inf is not None:
+            bad = _known(found_inf.reshape(()) != 0)
+        elif scoring or (optimizer is None and not all(group.done for group in self.groups)):
+            bad = _known(non_finite(self._gradients(optimizer), self.groups))
+        self._skipped = bad if optimizer is None or found_inf is not None else False
+        if bad is True:
+            return
+        grad_scale = getattr(optimizer, "grad_scale", None)
+        rate = 1.0 if grad_scale is None else grad_scale.reshape(()).double().reciprocal().float()
+        seen = [group.observe(params, rate, bad if isinstance(bad, Tensor) else None) for group in scoring]
+        if not all(seen):
+            self._tell_no_gradient()
+        self._catch_up(bad)
+        for group in self.groups:
+            if group.options.reg_type and group.table.start <= now <= group.table.end:
+                shrink_(group, params, optimizer or unwrap_optimizer(self.optimizer), bad)
+
+    def _gradients(self, optimizer: Optimizer | None) -> list[Tensor]:
+        if optimizer is None:
+            assert self.model is not None
+            params = list(self.model.parameters())
+        else:
+            params = [p for param_group in optimizer.param_groups for p in param_group["params"]]
+        return [p.grad for p in params if p.grad is not None]
+
+    def _tell_no_gradient(self) -> None:
+        if not self._told_no_gradient:
+            self._told_no_gradient = True
+            warnings.warn(
+                "no pruned weight has a gradient; call on_before_optimizer_step after backward and before zero_grad",
+                stacklevel=3,
+            )
+
+    def _catch_up(self, bad: bool | Tensor) -> None:
+        """A gradient criterion whose cut was due before any gradient was there cuts now."""
+        late = [g for g in self.groups if g.scored and not g.changed and g.is_due(self._step_at_most)]
+        if late and not bool(bad):
+            self._update(late, self.step)
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer | None) -> None:
+        if optimizer in self._clocks:
+            before = self._step_at_most
+            self._clocks[optimizer].finish(self._skipped)
+            if self._step_at_most > before:
+                for group in self.groups:
+                    group.changed = False
+                self._advance()
+        self._skipped = False
+        for group in self.groups:
+            group.apply_(self._params[optimizer])
+
+    @torch.no_grad()
+    def _advance(self) -> None:
+        """Carries out what is due now, at most once between two optimizer steps."""
+        waiting = [group for group in self.groups if not group.changed and not group.done]
+        if not any(group.is_due(self._step_at_most) for group in waiting):
+            return
+        now = self.step
+        self._update([group for group in waiting if group.is_due(now) and group.ready(now)], now)
+
+    def _update(self, groups: list[MaskGroup], now: int) -> None:
+        for group in groups:
+            group.update(now)
+        if groups:
+            compare_ranks(groups, now, repair=self.on_divergence == "repair")
+        for group in groups:
+            group.apply_()
+
+    # ---- the rest -----------------------------------------------------------------------------------------------
+
+    def __call__(self) -> nn.Module:
+        """Runs ``train_func(model)`` with the hooks live, and ``eval_func(model)`` before and after it."""
+        if self.train_func is None:
+            raise RuntimeError("train_func: not set; set pruner.train_func = f, where f(model) trains one model")
+        if self.model is None:
+            raise RuntimeError("model: not set; set pruner.model = model first")
+        self.metrics = {}
+        if self.eval_func is not None:
+            self.metrics["before"] = self.eval_func(self.model)
+        self.on_train_begin()
+        self.train_func(self.model)
+        if self._began:
+            self.on_train_end()
+        if self.eval_func is not None:
+            self.metrics["after"] = self.eval_func(self.model)
+        print(self.report())
+        return self.model
+
+    def detach(self) -> None:
+        """Takes the hooks off the optimizers; masks stay available for ``report`` and ``mask_``."""
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
+
+    def __enter__(self) -> Self:
+        if self._hooks is None:
+            raise RuntimeError("with Pruning(...): nothing to drive it; write Pruning(...).attach(model, optimizer)")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+        if kind is None and self._began:
+            self.on_train_end()
+
+    @torch.no_grad()
+    def mask_(self, other: nn.Module) -> nn.Module:
+        """Masks a copy of the model (EMA, SWA) in place, by parameter names."""
+        self._check_built("mask_")
+        parameters = dict(unwrap(other).named_parameters(remove_duplicate=False))
+        for group in self.groups:
+            for weight in group.weights:
+                parameter = parameters.get(weight.target.name)
+                if parameter is None or tuple(parameter.shape) != tuple(weight.target.parameter.shape):
+                    got = "nothing" if parameter is None else f"shape {tuple(parameter.shape)}"
+                    raise ValueError(f"mask_: {weight.target.name} is not in that model, got {got}; pass a copy")
+                mask_(local(parameter.detach()), weight.keep.to(parameter.device))
+        return other
+
+    def masks(self) -> dict[str, Tensor]:
+        """State-dict key -> bool mask, True = kept (the local slice under ``fully_shard``)."""
+        self._check_built("masks")
+        return {w.target.name: w.keep != 0 for group in self.groups for w in group.weights}
+
+    def report(self) -> Report:
+        """Asked and reached sparsity per layer, counted from the weights."""
+        self._check_built("report")
+        assert self.model is not None
+        return report_of(unwrap(self.model), self.groups, self.step, self.metrics)
+
+    def _check_built(self, what: str) -> None:
+        if not self.groups:
+            raise RuntimeError(f"{what}: there are no masks yet; call on_train_begin or attach first")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks (bits), scores, clock and configuration: tensors and plain data."""
+        self._check_built("state_dict")
+        return saved.state_of(self.config, list(self._clocks.values()), self.groups)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where ``state_dict`` was taken; before training begins it is kept until then."""
+        if not self._began:
+            self._pending_state = state
+            return
+        saved.load_state(state, self.config, list(self._clocks.values()), self.groups)
+        for group in self.groups:
+            group.apply_()
+
+
+def _known(flag: Tensor) -> bool | Tensor:
+    """On the CPU a verdict is free to read; on a device it stays there."""
+    return bool(flag) if flag.device.type == "cpu" else flag

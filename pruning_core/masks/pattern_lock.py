@@ -1,0 +1,37 @@
+"""The zeros that are there when training begins stay; everything else trains."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from pruning_core.config import PrunerOptions
+from pruning_core.masks.basic import MaskGroup
+from pruning_core.masks.weight import MaskedWeight
+from pruning_core.selection import Spared
+
+
+class LockedGroup(MaskGroup):
+    """``keep = (w != 0)``, weight by weight, whatever the pattern."""
+
+    def __init__(self, where: str, options: PrunerOptions, weights: list[MaskedWeight], spared: list[Spared]) -> None:
+        super().__init__(where, options, weights, spared)
+        self.updated_at = self.table.end
+        for weight in weights:
+            weight.keep.copy_((weight.weight() != 0).to(torch.int8).neg_())
+        if not any(bool((weight.keep == 0).any()) for weight in weights) and self.ranks is None:
+            warnings.warn(f"{where}: pattern_lock found no zero weight; nothing is locked", stacklevel=2)
+
+    def check_limits(self) -> None:
+        """Nothing is cut, so every limit holds."""
+
+    def share(self, now: int) -> float:
+        zeros = sum(int((weight.keep == 0).sum()) for weight in self.weights)
+        here = sum(weight.keep.numel() for weight in self.weights)
+        return zeros / here if here else 0.0
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.apply_()

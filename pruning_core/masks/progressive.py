@@ -1,0 +1,131 @@
+"""Between two structured updates, newly doomed units lose their weights in portions instead of at once.
+
+At each update the structured mask (``whole_units``) is decided as in basic pruning. Its new zeros are then cut in
+``progressive_steps`` portions spread evenly over the time to the next update, lowest score first (or by position in
+the unit: ``linear``). At ``end_step`` the structured mask is applied as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruning_core.budget import Ranked, cut_apart, cut_within, share_of
+from pruning_core.config import PrunerOptions
+from pruning_core.masks.basic import MaskGroup
+from pruning_core.masks.weight import MaskedWeight, pack, unpack
+from pruning_core.selection import Spared
+
+
+class ProgressiveGroup(MaskGroup):
+    def __init__(self, where: str, options: PrunerOptions, weights: list[MaskedWeight], spared: list[Spared]) -> None:
+        super().__init__(where, options, weights, spared)
+        self.structured_at = -1  # the due step whose units are being cut
+        self.doomed = [0] * len(weights)  # per weight, over all ranks: how many weights that update doomed
+        for weight in weights:
+            weight.whole_units = weight.keep.clone()
+
+    def _portion_steps(self) -> list[int]:
+        """The steps at which the portions of the current structured update are due."""
+        following = self.table.next_due(self.structured_at)
+        if following is None or self.structured_at < self.table.start:
+            return []
+        span, portions = following - self.structured_at, self.options.progressive_steps
+        return [self.structured_at + k * span // portions for k in range(portions)]
+
+    def next_due(self) -> int | None:
+        steps = [step for step in self._portion_steps() if step > self.updated_at]
+        structured = self.table.next_due(self.structured_at)
+        return min([*steps, *([] if structured is None else [structured])], default=None)
+
+    def update(self, now: int) -> None:
+        due = self.table.last_due(now)
+        assert due is not None
+        if due != self.structured_at:
+            self._finish()  # what an earlier update doomed
+            if self.table.share(due) > 0:
+                self.cut_units(self.table.share(due))
+            self.structured_at = due
+            self.doomed = self._count_doomed()
+        steps = [step for step in self._portion_steps() if step <= now]
+        if due >= self.table.end:
+            self._finish()
+        elif steps:
+            self._cut_portions(len(steps))
+        self._passed(max([due, *steps]))
+
+    def _finish(self) -> None:
+        for weight in self.weights:
+            weight.keep.bitwise_and_(weight.whole_units)
+
+    def _remaining(self, weight: MaskedWeight) -> Tensor:
+        """Doomed and not cut yet, in the stored shape."""
+        return (weight.keep != 0) & (weight.whole_units == 0)
+
+    def _count_doomed(self) -> list[int]:
+        counts = torch.stack([self._remaining(weight).sum() for weight in self.weights])
+        return (self.ranks.sum_(counts) if self.ranks else counts).tolist()
+
+    def _cut_portions(self, portions: int) -> None:
+        """Cuts until ``portions`` of the portions are gone."""
+        ranks, left = self.ranks, self._count_doomed()
+        if not any(left):
+            return
+        layers = [
+            Ranked(weight.target.name, self._order(weight), 1, weight.weights, remaining)
+            for weight, remaining in zip(self.weights, left, strict=True)
+        ]
+        part = portions / self.options.progressive_steps
+        if self.options.pruning_scope == "global":
+            amount = share_of(part, sum(self.doomed)) - (sum(self.doomed) - sum(left))
+            cuts = cut_within(layers, max(amount, 0), [0] * len(left), left, ranks)
+        else:
+            gone = [doomed - remaining for doomed, remaining in zip(self.doomed, left, strict=True)]
+            cuts = cut_apart(
+                layers, [max(share_of(part, d) - g, 0) for d, g in zip(self.doomed, gone, strict=True)], ranks
+            )
+        for weight, cut in zip(self.weights, cuts, strict=True):
+            kept = weight.unflat(~cut, weight.view(weight.keep))
+            weight.keep.mul_(weight.place.layout.store(kept, weight.shape))
+
+    def _order(self, weight: MaskedWeight) -> Callable[[], Tensor]:
+        """Flat scores that put the remaining doomed weights first, in the order in which they go."""
+
+        def scores() -> Tensor:
+            if self.options.progressive_type == "linear":
+                order = _positions(weight)
+            else:
+                order = weight.view(weight.element_scores())
+            return weight.flat(order.where(weight.view(self._remaining(weight)), torch.inf)).float()
+
+        return scores
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "structured_at": self.structured_at, "doomed": list(self.doomed)}
+
+    def _weight_state(self, weight: MaskedWeight) -> dict[str, Any]:
+        return {**super()._weight_state(weight), "whole_units": pack(weight.whole_units)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.structured_at, self.doomed = state["structured_at"], list(state["doomed"])
+
+    def _load_weight(self, weight: MaskedWeight, state: dict[str, Any]) -> None:
+        super()._load_weight(weight, state)
+        weight.whole_units.copy_(unpack(state["whole_units"], weight.whole_units))
+
+
+def _positions(weight: MaskedWeight) -> Tensor:
+    """How far into its unit each weight lies, 0 to below 1, as (G, O, K, I)."""
+    region = weight.place.region
+    position = torch.zeros((), device=weight.keep.device)
+    for length, start, extent in zip(region.local, region.start, region.extents, strict=True):
+        inside = (torch.arange(start, start + length, device=weight.keep.device) % extent).float()
+        position = position.unsqueeze(-1) * extent + inside
+    size = 1
+    for extent in region.extents:
+        size *= extent
+    return position / size

@@ -1,0 +1,184 @@
+"""One weight with its mask and its running score.
+
+Masks are stored as int8, -1 = kept and 0 = cut: sign-extended to the width of the weight, the mask and the weight's
+own bits are one vectorised *and*, which leaves exact +0.0 whatever stood there.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pruning_core.config import PrunerOptions
+from pruning_core.selection import Target
+from pruning_core.sharding import Place, local, place
+
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class MaskedWeight:
+    """``keep`` cuts the weight; ``whole_units`` is the part of it made of whole units (another tensor only while
+    progressive pruning is between the two). ``score`` is folded into units when the fold is linear."""
+
+    def __init__(self, target: Target, options: PrunerOptions) -> None:
+        self.target, self.options = target, options
+        self.pattern = options.parsed_pattern
+        self.place: Place = place(target.name, target.parameter, target.layout, self.pattern)
+        here = local(target.parameter)
+        self.shape = tuple(here.shape)
+        self.keep = torch.full_like(here, -1, dtype=torch.int8, requires_grad=False)
+        self.whole_units = self.keep
+        self.score: Tensor | None = None
+        self.stores_units = (
+            options.kind == "basic" and self.pattern.folds_linearly and options.criterion_reduce_type != "max"
+        )
+        self._sizes = self.pattern.sizes(self.place.region)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in all, over all ranks."""
+        return self.target.parameter.numel()
+
+    def weight(self) -> Tensor:
+        """The weight stored here, without autograd but with its version counter; checks that it is still the same."""
+        here = local(self.target.parameter.detach())
+        if tuple(here.shape) != self.shape:
+            raise RuntimeError(
+                f"{self.target.name}: the weight changed from {self.shape} to {tuple(here.shape)} under the pruner; "
+                "change and shard the model first, then call on_train_begin"
+            )
+        if here.device != self.keep.device:
+            self._move(here.device)
+        return here
+
+    def _move(self, device: torch.device) -> None:
+        separate = self.whole_units is not self.keep
+        self.keep = self.keep.to(device)
+        self.whole_units = self.whole_units.to(device) if separate else self.keep
+        self.score = None if self.score is None else self.score.to(device)
+
+    def gradient(self) -> Tensor | None:
+        gradient = self.target.parameter.grad
+        return None if gradient is None else local(gradient.detach())
+
+    def apply_(self) -> None:
+        mask_(self.weight(), self.keep)
+
+    def view(self, x: Tensor) -> Tensor:
+        """Stored shape -> (G, O, K, I)."""
+        return self.place.layout.view(x)
+
+    def observe(self, rate: Tensor | float, bad: Tensor | None) -> None:
+        """Takes this step's gradient into the score. ``rate`` undoes a loss scale; where ``bad``, nothing changes."""
+        weight, gradient = self.weight(), self.gradient()
+        criterion = self.options.criterion
+        if gradient is None:
+            new = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        else:
+            new = criterion.score(weight, gradient)
+        new = self.fold(new) if self.stores_units else new
+        gain = rate * self.options.momentum_gain if criterion.accumulates else rate
+        old = self.score
+        if old is None:
+            old = self.score = torch.zeros_like(new)
+        if bad is not None:  # the verdict is on a device: choose there, without waiting for it
+            decay = self.options.momentum_decay if criterion.accumulates else 0.0
+            self.score = torch.where(bad, old, old * decay + new * gain)
+        elif not criterion.accumulates:
+            self.score = new.mul_(gain)
+        elif isinstance(gain, Tensor):
+            old.mul_(self.options.momentum_decay).add_(new.mul_(gain))
+        else:
+            if self.options.momentum_decay != 1:
+                old.mul_(self.options.momentum_decay)
+            old.add_(new, alpha=gain)
+
+    def fold(self, score: Tensor) -> Tensor:
+        """Stored shape -> the unit grid of what is here, with edge units on their own scale."""
+        grid = self.pattern.fold(self.view(score), self.place.region, self.options.criterion_reduce_type)
+        if self.options.criterion_reduce_type != "mean":
+            return grid
+        sizes = self.sizes_here()
+        return grid / (sizes.to(grid) if isinstance(sizes, Tensor) else sizes)
+
+    def sizes_here(self) -> int | Tensor:
+        """Weights per unit, for the units that this rank's grid shows."""
+        piece = self.place.slice
+        if piece is None or isinstance(self._sizes, int):
+            return self._sizes
+        rows = piece.rows_here(self.place.region.extents[piece.axis])
+        return self._sizes.narrow(piece.axis, min(rows.start, self._sizes.shape[piece.axis]), len(rows))
+
+    def element_scores(self) -> Tensor:
+        """Scores in the stored shape; only for weights that do not store units."""
+        if not self.options.criterion.needs_gradient:
+            return self.options.criterion.score(self.weight(), None)
+        assert self.score is not None and not self.stores_units
+        return self.score
+
+    def unit_scores(self) -> Tensor:
+        """The unit grid of scores, partial where a unit reaches over the border of a slice."""
+        if self.stores_units and self.options.criterion.needs_gradient:
+            assert self.score is not None
+            return self.score
+        return self.fold(self.element_scores())
+
+    def alive(self) -> Tensor:
+        """Unit grid: not cut yet."""
+        return self.pattern.alive(self.view(self.whole_units), self.place.region)
+
+    def owned(self, grid: Tensor) -> Tensor:
+        """The part of a unit grid that this rank decides on."""
+        piece = self.place.slice
+        if piece is None:
+            return grid
+        rows = piece.owned(self.place.region.extents[piece.axis])
+        return grid[(slice(None),) * piece.axis + (rows,)]
+
+    def flat(self, grid_or_view: Tensor) -> Tensor:
+        """In the order in which the weight is stored; ties are broken by it."""
+        return self.place.layout.stored_order(grid_or_view).flatten()
+
+    def unflat(self, flat: Tensor, like: Tensor) -> Tensor:
+        order = self.place.layout
+        return order.from_stored_order(flat.view(order.stored_order(like).shape))
+
+    def cut_units_(self, cut: Tensor) -> None:
+        """Cuts the units of a bool grid (those of this rank and, at borders, of its neighbours)."""
+        newly = cut & self.alive()
+        score = None if self.pattern.folds_linearly else self.view(self.element_scores())
+        keep = self.pattern.spread(~newly, score, self.place.region)
+        self.whole_units.mul_(self.place.layout.store(keep, self.shape))
+
+    def zeros(self) -> Tensor:
+        """How many of the weights stored here are zero, counted from the weights."""
+        weight = self.weight()
+        return weight.numel() - torch.count_nonzero(weight)
+
+
+def mask_(weight: Tensor, keep: Tensor) -> None:
+    """``weight <- weight where keep, else +0.0``; in place, no new storage."""
+    weight.view(BITS[weight.element_size()]).bitwise_and_(keep)
+
+
+def pack(keep: Tensor) -> Tensor:
+    """A mask as bits, eight to a byte."""
+    return torch.from_numpy(np.packbits((keep != 0).flatten().cpu().numpy()))
+
+
+def unpack(bits: Tensor, like: Tensor) -> Tensor:
+    """The inverse of ``pack``."""
+    flags = np.unpackbits(bits.cpu().numpy(), count=like.numel())
+    return torch.from_numpy(flags.view(np.int8)).neg().view(like.shape).to(like.device)
+
+
+def checksum(keep: Tensor) -> int:
+    return zlib.crc32(pack(keep).numpy().tobytes())
+
+
+def to_plain(score: Tensor | None) -> Any:
+    return None if score is None else score.contiguous()

@@ -1,0 +1,289 @@
+"""Which weights live and die together: scores are folded into units, a unit mask is spread over the weight.
+
+Every weight is seen as ``(G, O, K, I)``: groups, output channels, kernel positions, input channels (see
+``selection.Layout``). A *unit grid* has one entry per unit along each of the four axes. Edges that do not divide make
+smaller edge units; no layer is skipped for them.
+
+A rank may hold only a slice of the weight. ``Region`` says which, so that unit borders fall where they fall in the
+whole weight; the rank then sees its first unit, its last unit, or both, in part.
+
+A pattern is one class and one registry line: ``parse``, ``units``, ``fold``, ``spread`` and what they need.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from pruning_core.registry import Registry
+
+Reduce = Literal["mean", "sum", "max"]
+Shape = Sequence[int]
+
+
+class Region(NamedTuple):
+    """A (G, O, K, I) weight: its whole shape, how far a unit reaches, the shape that is here and where it starts."""
+
+    shape: tuple[int, ...]
+    extents: tuple[int, ...]
+    local: tuple[int, ...]
+    start: tuple[int, ...] = (0, 0, 0, 0)
+
+
+class Pattern(ABC):
+    """Folds scores of shape (G, O, K, I) into a unit grid and spreads a unit grid over (G, O, K, I)."""
+
+    examples: tuple[str, ...] = ()
+    """Texts that parse to this kind; the contract tests run over them."""
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, text: str) -> Self | None:
+        """The pattern that ``text`` spells, None when it spells another kind, ValueError when it is malformed."""
+
+    @property
+    def max_sparsity(self) -> float:
+        """The highest sparsity that the pattern itself allows."""
+        return 1.0
+
+    def unfit(self, shape: Shape) -> str | None:
+        """Why a weight of this (whole) shape cannot carry the pattern, or None."""
+        return None
+
+    @abstractmethod
+    def extents(self, shape: Shape) -> tuple[int, int, int, int]:
+        """How far a unit reaches along G, O, K and I of a whole weight of this shape."""
+
+    @property
+    def folds_linearly(self) -> bool:
+        """True when the fold of a sum is the sum of the folds, so that running scores may be stored folded."""
+        return False
+
+    @abstractmethod
+    def fold(self, score: Tensor, region: Region, reduce: Reduce) -> Tensor:
+        """Unit scores. For "mean" it returns the *sum*; ``sizes`` says what to divide by."""
+
+    @abstractmethod
+    def spread(self, keep: Tensor, score: Tensor | None, region: Region) -> Tensor:
+        """Bool (G, O, K, I): True = kept. ``score`` decides inside a unit where the pattern leaves a choice."""
+
+    @abstractmethod
+    def alive(self, kept: Tensor, region: Region) -> Tensor:
+        """Bool unit grid: the units that a mask made of whole units has not cut yet."""
+
+    @abstractmethod
+    def sizes(self, region: Region) -> int | Tensor:
+        """How many weights become zero with a unit: one number, or a grid (of the whole weight) when edges differ."""
+
+    def region(self, shape: Shape) -> Region:
+        """The region of a weight that is here as a whole."""
+        return Region(tuple(shape), self.extents(shape), tuple(shape))
+
+
+PATTERNS: Registry[Pattern] = Registry("pattern")
+
+
+def parse_pattern(text: str) -> Pattern:
+    """``4x1``, ``2:4``, ``1xchannel`` ...; ``oc_pattern_4x1`` and ``tile_pattern_4x1`` mean ``4x1``."""
+    core = re.sub(r"^\w*pattern_", "", text)
+    for name in PATTERNS:
+        pattern = PATTERNS[name].parse(core)
+        if pattern is not None:
+            return pattern
+    raise ValueError(
+        f"unknown pattern, got {text!r}; use NxM blocks such as '4x1', '1x1' for single weights, "
+        "'1xchannel' or 'channelx1' for channels, N:M such as '2:4'"
+    )
+
+
+def axis_units(length: int, extent: int) -> list[int]:
+    """The lengths of the units along one axis: ``axis_units(10, 4) == [4, 4, 2]``."""
+    whole, rest = divmod(length, extent)
+    return [extent] * whole + ([rest] if rest else [])
+
+
+def _split(x: Tensor, axis: int, extent: int, start: int, reduce: Reduce) -> Tensor:
+    """One axis -> (units, extent); where a unit reaches over the ends of ``x`` stands what ``reduce`` ignores."""
+    lead = start % extent
+    tail = -(lead + x.shape[axis]) % extent
+    if lead or tail:
+        pad = [0, 0] * (x.dim() - axis - 1) + [lead, tail]
+        x = torch.nn.functional.pad(x, pad, value=-torch.inf if reduce == "max" else 0.0)
+    return x.unflatten(axis, (x.shape[axis] // extent, extent))
+
+
+def _reduce(x: Tensor, axis: int, reduce: Reduce, keepdim: bool = False) -> Tensor:
+    if reduce == "max" and x.shape[axis]:
+        return x.amax(axis, keepdim)
+    return x.sum(axis, keepdim)
+
+
+@PATTERNS.add("block")
+@dataclass(frozen=True)
+class Block(Pattern):
+    """``NxM``: N output channels by M input channels at one kernel position.
+
+    ``1xchannel`` is a whole filter and ``channelx1`` a whole input channel, kernel positions included: here the
+    extents along the whole axes are None.
+    """
+
+    out_channels: int | None
+    in_channels: int | None
+    examples = ("1x1", "4x1", "2x3", "1x4", "1xchannel", "channelx1")
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        if text == "1xchannel":
+            return cls(1, None)
+        if text == "channelx1":
+            return cls(None, 1)
+        match = re.fullmatch(r"(\d+)x(\d+)", text)
+        if match is None:
+            return None
+        n, m = int(match[1]), int(match[2])
+        if n < 1 or m < 1:
+            raise ValueError(f"a block needs at least one row and one column, got {text!r}; use for example '4x1'")
+        return cls(n, m)
+
+    def __str__(self) -> str:
+        return f"{self.out_channels or 'channel'}x{self.in_channels or 'channel'}"
+
+    @property
+    def folds_linearly(self) -> bool:
+        return True
+
+    def extents(self, shape: Shape) -> tuple[int, int, int, int]:
+        _, O, K, I = shape  # noqa: E741
+        if self.out_channels is None or self.in_channels is None:
+            return 1, self.out_channels or O, K, self.in_channels or I
+        return 1, min(self.out_channels, O), 1, min(self.in_channels, I)
+
+    def fold(self, score: Tensor, region: Region, reduce: Reduce) -> Tensor:
+        for axis, extent in enumerate(region.extents):
+            if extent == 1:
+                continue
+            if extent == region.shape[axis]:  # one unit, also for a rank that holds a part of the axis
+                score = _reduce(score, axis, reduce, keepdim=True)
+            else:
+                score = _reduce(_split(score, axis, extent, region.start[axis], reduce), axis + 1, reduce)
+        return score
+
+    def spread(self, keep: Tensor, score: Tensor | None, region: Region) -> Tensor:
+        return self.stretch(keep, region)
+
+    def stretch(self, values: Tensor, region: Region) -> Tensor:
+        """Repeats each unit's value over the weights of the unit; any dtype."""
+        for axis, extent in enumerate(region.extents):
+            if extent == 1:
+                continue
+            if extent == region.shape[axis]:
+                sizes = [-1] * values.dim()
+                sizes[axis] = region.local[axis]
+                values = values.expand(sizes)
+            else:
+                wide = values.unsqueeze(axis + 1).expand(*values.shape[: axis + 1], extent, *values.shape[axis + 1 :])
+                values = wide.flatten(axis, axis + 1).narrow(axis, region.start[axis] % extent, region.local[axis])
+        return values
+
+    def alive(self, kept: Tensor, region: Region) -> Tensor:
+        # A unit is cut as a whole, so its first weight speaks for it.
+        for axis, extent in enumerate(region.extents):
+            lead = region.start[axis] % extent
+            if extent == 1:
+                continue
+            if extent == region.shape[axis]:
+                kept = kept[(slice(None),) * axis + (slice(0, 1),)]
+            elif lead == 0:
+                kept = kept[(slice(None),) * axis + (slice(None, None, extent),)]
+            else:
+                first = [0, *range(extent - lead, kept.shape[axis], extent)] if kept.shape[axis] else []
+                kept = kept.index_select(axis, torch.tensor(first, device=kept.device, dtype=torch.int64))
+        return kept != 0
+
+    def sizes(self, region: Region) -> int | Tensor:
+        axes = list(zip(region.shape, region.extents, strict=True))
+        if all(length % extent == 0 for length, extent in axes):
+            return math.prod(region.extents)
+        size = torch.ones((), dtype=torch.int64)
+        for length, extent in axes:
+            size = size.unsqueeze(-1) * torch.tensor(axis_units(length, extent))
+        return size
+
+
+@PATTERNS.add("n:m")
+@dataclass(frozen=True)
+class NinM(Pattern):
+    """``N:M``: N weights are kept of every M consecutive input channels at one kernel position.
+
+    The unit is the group of M; its score is that of the M - N weights it would lose. Under a schedule the share of
+    cut groups rises; at sparsity ``1 - N/M`` every group is N:M.
+    """
+
+    kept: int
+    of: int
+    examples = ("2:4", "1:4", "3:4")
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        match = re.fullmatch(r"(\d+):(\d+)", text)
+        if match is None:
+            return None
+        n, m = int(match[1]), int(match[2])
+        if not 0 < n < m:
+            raise ValueError(f"N:M keeps N of M weights and needs 0 < N < M, got {text!r}; use for example '2:4'")
+        return cls(n, m)
+
+    def __str__(self) -> str:
+        return f"{self.kept}:{self.of}"
+
+    @property
+    def max_sparsity(self) -> float:
+        return 1 - self.kept / self.of
+
+    def unfit(self, shape: Shape) -> str | None:
+        if shape[3] % self.of:
+            return f"its {shape[3]} input channels are not a multiple of {self.of}"
+        return None
+
+    def extents(self, shape: Shape) -> tuple[int, int, int, int]:
+        return 1, 1, 1, self.of
+
+    def _loses(self, groups: Tensor) -> Tensor:
+        """Bool (..., M): the M - N lowest of each group, ties by index.
+
+        The rank of an entry is the number of entries before it in the order (score, index); counting by pairs is
+        exact and, unlike a sort of millions of tiny rows, vectorised.
+        """
+        lanes = groups.unbind(-1)
+        ranks = [torch.zeros_like(lane, dtype=torch.uint8 if self.of < 256 else torch.int32) for lane in lanes]
+        for i, left in enumerate(lanes):
+            for j in range(i + 1, self.of):
+                left_first = left <= lanes[j]
+                ranks[j] += left_first
+                ranks[i] += ~left_first
+        return torch.stack([rank < self.of - self.kept for rank in ranks], dim=-1)
+
+    def fold(self, score: Tensor, region: Region, reduce: Reduce) -> Tensor:
+        groups = score.unflatten(3, (-1, self.of))
+        loses = self._loses(groups)
+        if reduce == "max":
+            return groups.where(loses, -torch.inf).amax(-1)
+        return groups.where(loses, 0).sum(-1)
+
+    def spread(self, keep: Tensor, score: Tensor | None, region: Region) -> Tensor:
+        assert score is not None
+        loses = self._loses(score.unflatten(3, (-1, self.of)))
+        return (keep.unsqueeze(-1) | ~loses).flatten(3)
+
+    def alive(self, kept: Tensor, region: Region) -> Tensor:
+        return (kept != 0).unflatten(3, (-1, self.of)).sum(-1, dtype=torch.int16) > self.kept
+
+    def sizes(self, region: Region) -> int | Tensor:
+        return self.of - self.kept

@@ -1,0 +1,51 @@
+"""A name -> class table that answers a wrong name with the right one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+def did_you_mean(wrong: object, known: Iterable[str]) -> str:
+    """``"did you mean 'x'?"`` when something close is known, else the list of what is known."""
+    known = list(known)
+    close = difflib.get_close_matches(str(wrong), known, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    more = f", ... ({len(known)} in all)" if len(known) > 12 else ""
+    return f"known: {', '.join(known[:12])}{more}"
+
+
+class Registry(Generic[T]):
+    """The kinds of one concept. A new kind is one class and one ``@TABLE.add("name")`` line."""
+
+    def __init__(self, concept: str) -> None:
+        self.concept = concept
+        self._kinds: dict[str, type[T]] = {}
+
+    def add(self, name: str) -> Callable[[type[T]], type[T]]:
+        def register(kind: type[T]) -> type[T]:
+            if name in self._kinds:
+                raise ValueError(f"{name}: this {self.concept} is registered already; choose another name")
+            self._kinds[name] = kind
+            return kind
+
+        return register
+
+    def remove(self, name: str) -> None:
+        """Takes a kind out again (for tests and plug-ins that unload)."""
+        del self._kinds[name]
+
+    def __getitem__(self, name: str) -> type[T]:
+        if name not in self._kinds:
+            raise ValueError(f"unknown {self.concept}, got {name!r}; {did_you_mean(name, self._kinds)}")
+        return self._kinds[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._kinds
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kinds)

@@ -1,0 +1,142 @@
+"""What was asked and what was reached, per layer, counted from the weights. As text, plain data, JSON and a picture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pruning_core.checkpoint import write_atomically
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One weight. ``asked`` is None where nobody asked for zeros; ``note`` says why a layer was left dense."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    weights: int
+    zeros: int
+    pattern: str | None = None
+    asked: float | None = None
+    note: str = ""
+
+    @property
+    def reached(self) -> float:
+        return self.zeros / self.weights if self.weights else 0.0
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """One pruner: its title, what it asks for now and at its end, and its layers."""
+
+    title: str
+    target: float
+    asked: float
+    layers: tuple[LayerRow, ...]
+
+    @property
+    def weights(self) -> int:
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def zeros(self) -> int:
+        return sum(layer.zeros for layer in self.layers)
+
+    @property
+    def reached(self) -> float:
+        return self.zeros / self.weights if self.weights else 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """``print(report)`` for the table; ``to_dict``, ``save_json`` and ``plot`` for the rest."""
+
+    step: int | None
+    groups: tuple[GroupRow, ...]
+    dense: tuple[LayerRow, ...]
+    parameters: int
+    zeros: int
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sparsity(self) -> float:
+        """Zeros among all parameters of the model, biases and embeddings included."""
+        return self.zeros / self.parameters if self.parameters else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        groups = []
+        for group in self.groups:
+            layers = [{**asdict(layer), "reached": layer.reached} for layer in group.layers]
+            groups.append({**asdict(group), "layers": layers, "reached": group.reached})
+        return {
+            "step": self.step,
+            "sparsity": self.sparsity,
+            "parameters": self.parameters,
+            "zeros": self.zeros,
+            "metrics": self.metrics,
+            "groups": groups,
+            "dense": [asdict(layer) for layer in self.dense],
+        }
+
+    def save_json(self, path: str | Path) -> None:
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        write_atomically(path, lambda file: file.write(text.encode()))
+
+    def __str__(self) -> str:
+        lines = [] if self.step is None else [f"step {self.step}"]
+        for group in self.groups:
+            now = f"asked {group.asked:.2%}"
+            if group.asked != group.target:
+                now += f" now, {group.target:.2%} at the end"
+            zeros = f"{group.zeros:,} of {group.weights:,} weights are zero"
+            lines += [group.title, f"  {now}, reached {group.reached:.2%}: {zeros}"]
+            lines += _table(group.layers)
+        if self.dense:
+            lines += ["left dense", *_table(self.dense)]
+        lines.append(f"model: {self.zeros:,} of {self.parameters:,} parameters are zero, {self.sparsity:.2%}")
+        if self.metrics:
+            lines.append("metric: " + ", ".join(f"{name} {value}" for name, value in self.metrics.items()))
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> None:
+        """A bar per layer: the share of zeros reached, and a mark at what was asked."""
+        from matplotlib.figure import Figure
+
+        rows = [layer for group in self.groups for layer in group.layers] + list(self.dense)
+        figure = Figure(figsize=(8, 1.5 + 0.24 * max(len(rows), 1)), layout="constrained")
+        axes = figure.subplots()
+        positions = range(len(rows))
+        colors = [color for i, group in enumerate(self.groups) for color in [f"C{i % 9}"] * len(group.layers)]
+        colors += ["0.75"] * len(self.dense)
+        axes.barh(positions, [row.reached for row in rows], color=colors, height=0.7)
+        for position, row in zip(positions, rows, strict=True):
+            if row.asked is not None:
+                axes.plot([row.asked] * 2, [position - 0.4, position + 0.4], color="black", linewidth=1.5)
+        axes.set_yticks(positions, [row.name for row in rows], fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("share of zeros; black mark: asked of the layer's group, grey: left dense")
+        axes.set_title(f"{self.sparsity:.1%} of {self.parameters:,} parameters are zero", fontsize=10)
+        kind = Path(path).suffix.lstrip(".") or "png"
+        write_atomically(path, lambda file: figure.savefig(file, format=kind, dpi=120))
+
+
+def _table(layers: tuple[LayerRow, ...]) -> list[str]:
+    """Aligned rows under a head line; empty columns are left out."""
+    head = ("layer", "type", "shape", "pattern", "asked", "reached", "zeros", "why")
+    rows = [head]
+    for layer in layers:
+        shape = "x".join(str(length) for length in layer.shape)
+        asked = "" if layer.asked is None else f"{layer.asked:.2%}"
+        reached, zeros = f"{layer.reached:.2%}", f"{layer.zeros:,}"
+        rows.append((layer.name, layer.kind, shape, layer.pattern or "", asked, reached, zeros, layer.note))
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    numbers = {"asked", "reached", "zeros"}
+    padded = []
+    for column in columns:
+        width = max(len(cell) for cell in column)
+        padded.append([cell.rjust(width) if column[0] in numbers else cell.ljust(width) for cell in column])
+    return ["    " + "  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]

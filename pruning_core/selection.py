@@ -1,0 +1,210 @@
+"""Names and types -> targets: the weights that take part, and how each is read as (G, O, K, I)."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from pruning_core.registry import did_you_mean
+
+FAMILIES = ("Conv", "Linear")
+CLASSES = (
+    *("Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"),
+    *("Conv1D", "MultiheadAttention", "NonDynamicallyQuantizableLinear"),
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a stored weight reads as (G, O, K, I): groups, output channels, kernel positions, input channels.
+
+    ``in_first``: the input channels are the first stored axis (transposed convolutions, ``transformers`` Conv1D).
+    """
+
+    groups: int = 1
+    in_first: bool = False
+
+    def view(self, weight: Tensor) -> Tensor:
+        """(G*O, I, *kernel) or (G*I, O, *kernel) -> (G, O, K, I); a view wherever the strides allow one."""
+        grouped = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
+        grouped = grouped.unflatten(0, (self.groups, grouped.shape[0] // self.groups))
+        return grouped.permute(0, 2, 3, 1) if self.in_first else grouped.permute(0, 1, 3, 2)
+
+    def store(self, x_GOKI: Tensor, shape: Sequence[int]) -> Tensor:
+        """The inverse of ``view``: (G, O, K, I) -> the stored shape."""
+        return self.stored_order(x_GOKI).reshape(tuple(shape))
+
+    def stored_order(self, x_GOKI: Tensor) -> Tensor:
+        """(G, O, K, I) or a unit grid in the order in which the weight is stored; ties between units go by it."""
+        return x_GOKI.permute(0, 3, 1, 2) if self.in_first else x_GOKI.permute(0, 1, 3, 2)
+
+    def from_stored_order(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1) if self.in_first else x.permute(0, 1, 3, 2)
+
+    def shape(self, stored: Sequence[int]) -> tuple[int, int, int, int]:
+        """(G, O, K, I) of a stored shape."""
+        first, second = stored[0] // self.groups, stored[1]
+        positions = 1
+        for length in stored[2:]:
+            positions *= length
+        out, into = (second, first) if self.in_first else (first, second)
+        return self.groups, out, positions, into
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight that takes part: ``layer`` is its ``named_modules()`` name, ``attribute`` the parameter's name."""
+
+    layer: str
+    attribute: str
+    module: nn.Module
+    layout: Layout
+
+    @property
+    def name(self) -> str:
+        """The key of the weight in the model's ``state_dict``."""
+        return f"{self.layer}.{self.attribute}" if self.layer else self.attribute
+
+    @property
+    def parameter(self) -> Tensor:
+        return getattr(self.module, self.attribute)
+
+
+@dataclass(frozen=True)
+class Spared:
+    """A layer of a selected type that stays dense, and why."""
+
+    layer: str
+    kind: str
+    reason: str
+
+
+def is_transformers_conv1d(module: nn.Module) -> bool:
+    """By name, so that `transformers` need not be installed."""
+    return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
+
+
+def family(module: nn.Module) -> str | None:
+    """ "Conv", "Linear", or None for a module without weights that can be pruned."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "Conv"
+    if isinstance(module, nn.Linear | nn.MultiheadAttention) or is_transformers_conv1d(module):
+        return "Linear"
+    return None
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model below DistributedDataParallel, DataParallel and torch.compile, whose prefixes are not in names."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def targets_of(layer: str, module: nn.Module) -> list[Target]:
+    """The weights of one layer: one, or the three input projections of an attention with own key and value sizes."""
+    if isinstance(module, nn.MultiheadAttention):
+        if module.in_proj_weight is not None:  # query, key and value stacked: no block reaches from one into the next
+            return [Target(layer, "in_proj_weight", module, Layout(groups=3))]
+        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return [Target(layer, name, module, Layout()) for name in names]
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return [Target(layer, "weight", module, Layout(module.groups, in_first=module.transposed))]
+    return [Target(layer, "weight", module, Layout(in_first=is_transformers_conv1d(module)))]
+
+
+def unfit(target: Target) -> str | None:
+    """Why a weight cannot be masked in place, or None."""
+    parametrizations = getattr(target.module, "parametrizations", {})
+    if target.attribute in parametrizations:
+        return "its weight is computed by a parametrization"
+    if target.attribute not in target.module._parameters:
+        return "its weight is not a parameter (recomputed by weight_norm, spectral_norm or prune.*?)"
+    if nn.parameter.is_lazy(target.parameter):
+        return "its weight has no shape yet; run one forward pass first"
+    if not target.parameter.is_floating_point():
+        return f"its weight is {target.parameter.dtype}, not floating point"
+    return None
+
+
+@dataclass(frozen=True)
+class Selector:
+    """The selecting options of one pruner. ``where`` prefixes its messages, as ``pruning_configs[0]``."""
+
+    where: str
+    op_names: Sequence[str]
+    excluded: Sequence[str]
+    op_types: Sequence[str]
+
+    def candidates(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for layer, module in model.named_modules():
+            kind = family(module)
+            if kind is not None and (kind in self.op_types or type(module).__name__ in self.op_types):
+                yield layer, module
+
+    def select(self, model: nn.Module) -> tuple[list[Target], list[Spared]]:
+        """Targets in ``named_modules()`` order, and the layers of the right type that stay dense, with reasons."""
+        candidates = list(self.candidates(model))
+        self._check_types(model)
+        self._check_names([layer for layer, _ in candidates])
+        self._check_exclusions(model)
+        targets: list[Target] = []
+        spared: list[Spared] = []
+        for layer, module in candidates:
+            kind = type(module).__name__
+            if self.op_names and not any(re.search(pattern, layer) for pattern in self.op_names):
+                spared.append(Spared(layer, kind, "not among op_names"))
+                continue
+            hit = next((pattern for pattern in self.excluded if re.search(pattern, layer)), None)
+            if hit is not None:
+                spared.append(Spared(layer, kind, f"excluded by {hit!r}"))
+                continue
+            for target in targets_of(layer, module):
+                reason = unfit(target)
+                if reason is None:
+                    targets.append(target)
+                else:
+                    self.spare(target, reason, spared)
+        if not targets and not spared:
+            raise ValueError(f"{self.where}.pruning_op_types: the model has no such layer, got {list(self.op_types)}")
+        return targets, spared
+
+    def spare(self, target: Target, reason: str, spared: list[Spared]) -> None:
+        """Leaves a layer dense and says so; refuses where the layer was asked for by name."""
+        if self.names_explicitly(target.layer):
+            raise ValueError(f"{self.where}: {target.layer} cannot be pruned: {reason}; take it out of op_names")
+        spared.append(Spared(target.layer, type(target.module).__name__, reason))
+
+    def names_explicitly(self, layer: str) -> bool:
+        """True when an op_names entry means this one layer: its whole name, anchored or not."""
+        return any(pattern.lstrip("^").rstrip("$").replace("\\.", ".") == layer for pattern in self.op_names)
+
+    def _check_types(self, model: nn.Module) -> None:
+        present = {type(module).__name__ for module in model.modules()}
+        prunable = {type(module).__name__ for module in model.modules() if family(module)}
+        for i, kind in enumerate(self.op_types):
+            if kind in FAMILIES or kind in CLASSES or kind in prunable:
+                continue
+            known = did_you_mean(kind, [*FAMILIES, *sorted({*CLASSES, *prunable})])
+            why = "layers of this type cannot be pruned" if kind in present else "unknown layer type"
+            raise ValueError(f"{self.where}.pruning_op_types[{i}]: {why}, got {kind!r}; {known}")
+
+    def _check_names(self, layers: list[str]) -> None:
+        for i, pattern in enumerate(self.op_names):
+            if not any(re.search(pattern, layer) for layer in layers):
+                types = " or ".join(self.op_types)
+                hint = did_you_mean(pattern, layers) if layers else "the model has none"
+                raise ValueError(f"{self.where}.op_names[{i}]: matches no {types} layer, got {pattern!r}; {hint}")
+
+    def _check_exclusions(self, model: nn.Module) -> None:
+        names = [name for name, _ in model.named_modules()]
+        for pattern in self.excluded:
+            if not any(re.search(pattern, name) for name in names):
+                warnings.warn(f"{self.where}.excluded_op_names: {pattern!r} matches no layer", stacklevel=2)
