@@ -105,7 +105,8 @@ def limits(layers: Sequence[Ranked], share: float, least: float, most: float) ->
     Limits are rounded down to whole units. Where that leaves too little room for the total (``most`` at or just above
     the share), layers in order give one unit more, but never their last one.
     """
-    asked = share_of(share, sum(layer.weights for layer in layers))
+    total = sum(layer.weights for layer in layers)
+    asked = share_of(share, total)
     lows, highs = [], []
     for layer in layers:
         lows.append(_whole_units(min(least, share), layer))
@@ -116,7 +117,7 @@ def limits(layers: Sequence[Ranked], share: float, least: float, most: float) ->
             highs[i] += layer.unit
             missing -= layer.unit
     largest = max((layer.unit for layer in layers), default=1)
-    if missing >= largest:
+    if share * total - sum(highs) >= largest:
         raise ValueError(
             f"max_sparsity_ratio_per_op: {most} of every layer leaves room for {sum(highs)} zeros, got a target that "
             f"needs {asked}; raise it, use smaller units or lower target_sparsity"
@@ -125,8 +126,10 @@ def limits(layers: Sequence[Ranked], share: float, least: float, most: float) ->
 
 
 def _whole_units(ratio: float, layer: Ranked) -> int:
-    # 1e-6 of a weight absorbs the binary rounding of ratios such as 0.29.
-    return math.floor(ratio * layer.weights / layer.unit + 1e-6) * layer.unit
+    """The weights that a ratio allows, in whole units where all units are of one size."""
+    step = layer.sizes if isinstance(layer.sizes, int) else 1
+    # 1e-6 of a unit absorbs the binary rounding of ratios such as 0.29.
+    return math.floor(ratio * layer.weights / step + 1e-6) * step
 
 
 class _Cutoff(NamedTuple):
