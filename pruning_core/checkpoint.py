@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import re
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PLAIN = (bool, int, float, str, bytes, type(None))
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 class CheckpointError(ValueError):
@@ -29,7 +31,11 @@ class _Write(Protocol):
 
 
 def write_atomically(path: str | Path, write: _Write) -> None:
-    """Runs ``write(file)`` on a temporary file in the same folder, then renames it over ``path``."""
+    """Runs ``write(file)`` on a temporary file in the same folder, then renames it over ``path``.
+
+    A kill may leave the temporary file, ``.<name>.*.tmp``, behind. The new file's permissions follow the umask. Where
+    ``path`` is a symbolic link, the file takes the link's place and what the link pointed to stays as it is.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -64,19 +70,24 @@ def _sync_folder(folder: Path) -> None:
 
 
 def save(state: dict[str, Any], path: str | Path) -> None:
-    """Saves a dict of tensors and plain data, nested as deep as you like."""
+    """Saves a dict of tensors and plain data: numbers, strings, lists, tuples and dicts, nested."""
     if not isinstance(state, dict):
         raise CheckpointError(f"checkpoint: must be a dict, got {type(state).__name__}; save state dicts, not objects")
-    plain = _plain(state, "")
-    write_atomically(path, lambda file: torch.save(plain, file))
+    try:
+        plain = _plain(state, "")
+        write_atomically(path, lambda file: torch.save(plain, file))
+    except RecursionError:
+        raise CheckpointError("checkpoint: is nested too deep, or holds itself; save a flatter dict") from None
 
 
 def _plain(value: Any, where: str) -> Any:
     """A copy made of tensors and plain data only, or CheckpointError naming the first thing that is neither."""
-    if isinstance(value, Tensor):
-        return value.detach() if type(value) in (Tensor, torch.nn.Parameter) else value
-    if isinstance(value, np.generic):
-        return value.item()
+    if type(value) in (Tensor, torch.nn.Parameter):
+        return value.detach()
+    if isinstance(value, Tensor) and type(value) in torch.serialization.get_safe_globals():  # DTensor
+        return value
+    if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):
+        return _plain(value.item(), where)
     if type(value) in PLAIN:
         return value
     if isinstance(value, dict):
@@ -101,20 +112,29 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     """Loads what ``save`` wrote. Files that hold pickled objects are refused, never run."""
     path = Path(path)
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; check the path of the checkpoint") from None
     except IsADirectoryError:
         raise CheckpointError(f"{path}: is a folder; give the file inside it") from None
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: holds objects, or is damaged, and was not loaded ({reason})") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # damaged bytes lead torch.load to errors of many types
+        raise CheckpointError(f"{path}: {_why_not(error)}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: must hold a dict, got {type(state).__name__}; save state dicts")
     return state
+
+
+def _why_not(error: Exception) -> str:
+    """torch.load's error, which may be a page of advice to switch the safety off, as one line."""
+    asked_for = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    if asked_for:
+        return f"holds an object, {asked_for[1]}, and was not loaded; save state dicts, not objects"
+    reason = str(error) if isinstance(error, RuntimeError) else "unreadable bytes"
+    return f"not a readable checkpoint ({reason.splitlines()[0].partition('. ')[0]}); it may be damaged"
 
 
 def rng_state() -> dict[str, Any]:

@@ -6,7 +6,6 @@ the caller's dicts are never changed.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -26,17 +25,26 @@ PROGRESSIVE = "_progressive"
 LOCK = "pattern_lock"
 
 
+def _shown(value: object) -> str:
+    """``repr`` on one line of bearable length."""
+    text = repr(value)
+    text = " ".join(text.split()) if "\n" in text else text
+    return text if len(text) <= 120 else text[:100] + " ... " + text[-15:]
+
+
 def _whole(value: object) -> object:
     """Integers of any library, never 2.5 and never True."""
     if isinstance(value, Integral) and not isinstance(value, bool):
         return int(value)
-    raise ValueError(f"must be a whole number, got {value!r}")
+    raise ValueError(f"must be a whole number, got {_shown(value)}")
 
 
 def _names(value: object) -> object:
     if isinstance(value, str):
-        raise ValueError(f"must be a list of names, got {value!r}; write [{value!r}]")
-    return list(value) if isinstance(value, tuple) else value
+        raise ValueError(f"must be a list of names, got {_shown(value)}; write [{_shown(value)}]")
+    if not isinstance(value, list | tuple):  # a set has no order, a generator runs dry
+        raise ValueError(f"must be a list of names, got {_shown(value)}")
+    return list(value)
 
 
 def _regular_expressions(value: list[str]) -> list[str]:
@@ -44,7 +52,8 @@ def _regular_expressions(value: list[str]) -> list[str]:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"not a regular expression ({error}), got {pattern!r}; escape it with re.escape") from None
+            hint = "escape it with re.escape"
+            raise ValueError(f"not a regular expression ({error}), got {_shown(pattern)}; {hint}") from None
     return value
 
 
@@ -112,7 +121,7 @@ class PrunerOptions(BaseModel):
     def _known_type(cls, value: str) -> str:
         if value != LOCK and value.removesuffix(PROGRESSIVE) not in CRITERIA:
             known = [*CRITERIA, *(name + PROGRESSIVE for name in CRITERIA), LOCK]
-            raise ValueError(f"unknown pruning type, got {value!r}; {did_you_mean(value, known)}")
+            raise ValueError(f"unknown pruning type, got {_shown(value)}; {did_you_mean(value, known)}")
         return value
 
     @field_validator("sparsity_decay_type")
@@ -123,8 +132,9 @@ class PrunerOptions(BaseModel):
 
     @model_validator(mode="after")
     def _pairs(self) -> Self:
-        for option, problem in self._impossible():
-            raise ValueError(f"{option}: {problem}")
+        wrong = self._impossible()
+        if wrong:
+            raise ValueError("\n".join(f"{option}: {problem}" for option, problem in wrong))
         return self
 
     def _impossible(self) -> list[tuple[str, str]]:
@@ -149,6 +159,9 @@ class PrunerOptions(BaseModel):
         if self.target_sparsity > self.max_sparsity_ratio_per_op:
             problem = f"above max_sparsity_ratio_per_op {self.max_sparsity_ratio_per_op}, got {self.target_sparsity}"
             wrong.append(("target_sparsity", problem + "; raise the maximum or lower the target"))
+        if self.target_sparsity < self.min_sparsity_ratio_per_op:
+            problem = f"below min_sparsity_ratio_per_op {self.min_sparsity_ratio_per_op}, got {self.target_sparsity}"
+            wrong.append(("target_sparsity", problem + "; lower the minimum or raise the target"))
         if self.reg_type is None and self.reg_coeff:
             wrong.append(
                 ("reg_coeff", f"does nothing without reg_type, got {self.reg_coeff}; add reg_type: group_lasso")
@@ -219,20 +232,25 @@ class WeightPruningConfig:
 
     def __init__(self, pruning_configs: Any = None, **options: Any) -> None:
         if isinstance(pruning_configs, WeightPruningConfig):
-            given = [_Given("", {}, f"pruning_configs[{i}].", dict(p)) for i, p in enumerate(pruning_configs._explicit)]
+            given = [_Given((f"pruning_configs[{i}].", p)) for i, p in enumerate(pruning_configs._explicit)]
         else:
             given = _read(pruning_configs)
         for each in given:
-            each.top.update(options)
-        self._explicit: tuple[dict[str, Any], ...] = tuple(each.merged() for each in given)
+            each.layers.insert(-1, ("", options))
+        self._settle(given)
+
+    def _settle(self, given: list[_Given]) -> None:
         self.pruners = tuple(each.validated() for each in given)
+        self._explicit: tuple[dict[str, Any], ...] = tuple(
+            pruner.model_dump(include=set(each.spelled)) for pruner, each in zip(self.pruners, given, strict=True)
+        )
 
     def updated(self, **options: Any) -> WeightPruningConfig:
         """The same configuration with some options changed for every pruner, checked again as a whole."""
-        where = "update_items_for_all_pruners."
-        given = [_Given(where, options, where, {}) for _ in self._explicit]
-        changed = [{**old, **each.merged()} for old, each in zip(self._explicit, given, strict=True)]
-        return WeightPruningConfig(changed)
+        update = ("update_items_for_all_pruners.", options)
+        changed = WeightPruningConfig()
+        changed._settle([_Given((f"pruning_configs[{i}].", old), update) for i, old in enumerate(self._explicit)])
+        return changed
 
     def to_dict(self) -> dict[str, Any]:
         """All options of all pruners, plain data; ``WeightPruningConfig(**d)`` reads it back."""
@@ -244,20 +262,28 @@ class WeightPruningConfig:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"WeightPruningConfig({json.dumps([dict(p) for p in self._explicit])})"
+        return f"WeightPruningConfig({list(self._explicit)!r})"
 
 
 class _Given:
-    """What the user wrote for one pruner: global and local options, each with the prefix that messages show."""
+    """What the user wrote for one pruner: layers of options, each with the prefix that messages show.
 
-    def __init__(self, top_where: str, top: Mapping[str, Any], where: str, local: Mapping[str, Any]) -> None:
-        self.top_where, self.top, self.where, self.local = top_where, dict(top), where, local
+    A later layer wins over an earlier one. ``spelled`` says where each option was given, and under which name.
+    """
+
+    def __init__(self, *layers: tuple[str, Mapping[str, Any]]) -> None:
+        self.layers = list(layers)
         self.spelled: dict[str, str] = {}
 
+    @property
+    def where(self) -> str:
+        return self.layers[-1][0]
+
     def merged(self) -> dict[str, Any]:
-        """Native option names -> values, local over global."""
-        options = self._native(self.top_where, self.top)
-        options.update(self._native(self.where, self.local))
+        """Native option names -> values."""
+        options: dict[str, Any] = {}
+        for where, layer in self.layers:
+            options.update(self._native(where, layer))
         return options
 
     def _native(self, where: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,18 +292,20 @@ class _Given:
         options = dict(options)
         parameters = options.pop("parameters", {})
         if not isinstance(parameters, Mapping):
-            raise ValueError(f"{where}parameters: must be a mapping, got {parameters!r}; write reg_coeff itself")
-        for key, value in [*options.items(), *parameters.items()]:
+            raise ValueError(f"{where}parameters: must be a mapping, got {_shown(parameters)}; write reg_coeff itself")
+        items = [(f"{where}{key}", key, value) for key, value in options.items()]
+        items += [(f"{where}parameters.{key}", key, value) for key, value in parameters.items()]
+        for spelled, key, value in items:
             if key in DROPPED:
-                raise ValueError(f"{where}{key}: has no meaning here, got {value!r}; {DROPPED[key]}")
+                raise ValueError(f"{spelled}: has no meaning here, got {_shown(value)}; {DROPPED[key]}")
             name = ALIASES.get(key, key)
             if name in seen:
-                raise ValueError(f"{where}{key}: is the same option as {seen[name]}, got both; keep one")
+                raise ValueError(f"{spelled}: is the same option as {seen[name]}, got both; keep one")
             if name not in PrunerOptions.model_fields:
                 hint = did_you_mean(key, PrunerOptions.model_fields)
-                raise ValueError(f"{where}{key}: unknown option, got {value!r}; {hint}")
+                raise ValueError(f"{spelled}: unknown option, got {_shown(value)}; {hint}")
             seen[name] = key
-            self.spelled[name] = f"{where}{key}"
+            self.spelled[name] = spelled
             native[name] = value
         return native
 
@@ -293,21 +321,21 @@ class _Given:
         try:
             return PrunerOptions(**options)
         except ValidationError as error:
-            raise ValueError("\n".join(self._line(each) for each in error.errors())) from None
+            raise ValueError("\n".join(self._lines(each) for each in error.errors())) from None
 
-    def _line(self, error: Any) -> str:
-        """pydantic's error as one line: option, what is wrong, value, what is allowed."""
+    def _lines(self, error: Any) -> str:
+        """pydantic's error as one line per problem: option, what is wrong, value, what is allowed."""
         message, value = error["msg"], error["input"]
         if error["type"] == "value_error":
             message = message.removeprefix("Value error, ")
-            if not error["loc"]:  # a pair of options: the message begins with the option
-                option, _, message = message.partition(": ")
-                return f"{self.spelled.get(option, self.where + option)}: {message}"
+            if not error["loc"]:  # pairs of options: each line begins with the option
+                pairs = [line.partition(": ") for line in message.splitlines()]
+                return "\n".join(f"{self.spelled.get(name, self.where + name)}: {rest}" for name, _, rest in pairs)
         else:
             allowed = message.removeprefix("Input ").replace("should be", "must be")
             if error["type"] == "too_short":
                 allowed = "must have at least one entry"
-            message = f"{'out of range' if 'than' in allowed else 'wrong value'}, got {value!r}; it {allowed}"
+            message = f"{'out of range' if 'than' in allowed else 'wrong value'}, got {_shown(value)}; it {allowed}"
         name, *inner = error["loc"]
         suffix = "".join(f"[{i}]" for i in inner if isinstance(i, int))
         return f"{self.spelled.get(name, self.where + name)}{suffix}: {message}"
@@ -316,14 +344,14 @@ class _Given:
 def _read(source: Any) -> list[_Given]:
     """Whatever the user gave -> one ``_Given`` per pruner."""
     if source is None:
-        return [_Given("", {}, "", {})]
+        return [_Given(("", {}))]
     if isinstance(source, str | Path):
         return _from_mapping(read_mapping(source))
     if isinstance(source, PrunerOptions):
-        return [_Given("", {}, "", source.model_dump(exclude_unset=True))]
+        return [_Given(("", source.model_dump(exclude_unset=True)))]
     if isinstance(source, Mapping):
         return _from_mapping(source)
-    if isinstance(source, Sequence):
+    if isinstance(source, Sequence) and not isinstance(source, bytes | bytearray):
         return _from_list("", {}, "pruning_configs", source)
     raise ValueError(
         f"config: must be a list of dicts, a dict, a YAML path or a WeightPruningConfig, got {type(source).__name__}"
@@ -336,7 +364,7 @@ def _from_mapping(source: Mapping[str, Any]) -> list[_Given]:
     if "pruning_configs" in source:
         top = {key: value for key, value in source.items() if key != "pruning_configs"}
         return _from_list("", top, "pruning_configs", source["pruning_configs"])
-    return [_Given("", {}, "", source)]
+    return [_Given(("", source))]
 
 
 def _from_neural_compressor(source: Mapping[str, Any]) -> list[_Given]:
@@ -351,31 +379,33 @@ def _from_neural_compressor(source: Mapping[str, Any]) -> list[_Given]:
         where += f"{name}."
         section = section.get(name)
         if not isinstance(section, Mapping):
-            raise ValueError(f"{where[:-1]}: must be a mapping of options, got {section!r}; see docs/configuration.md")
+            raise ValueError(
+                f"{where[:-1]}: must be a mapping of options, got {_shown(section)}; see docs/configuration.md"
+            )
     top = {key: value for key, value in section.items() if key != "pruners"}
     if "pruners" not in section:
-        return [_Given(where, {}, where, top)]
+        return [_Given((where, top))]
     return _from_list(where, top, f"{where}pruners", section["pruners"])
 
 
 def _only(section: Mapping[str, Any], where: str, known: Sequence[str]) -> None:
     for key in section:
         if key not in known:
-            raise ValueError(f"{where}{key}: unknown section, got {section[key]!r}; {did_you_mean(key, known)}")
+            raise ValueError(f"{where}{key}: unknown section, got {_shown(section[key])}; {did_you_mean(key, known)}")
 
 
 def _from_list(top_where: str, top: Mapping[str, Any], where: str, pruners: Any) -> list[_Given]:
     if not isinstance(pruners, Sequence) or isinstance(pruners, str) or not pruners:
         raise ValueError(
-            f"{where}: must be a list with at least one pruner, got {pruners!r}; write [{{}}] for defaults"
+            f"{where}: must be a list with at least one pruner, got {_shown(pruners)}; write [{{}}] for defaults"
         )
     given = []
     for i, local in enumerate(pruners):
         if isinstance(local, PrunerOptions):
             local = local.model_dump(exclude_unset=True)
         if not isinstance(local, Mapping):
-            raise ValueError(f"{where}[{i}]: must be a dict of options, got {local!r}")
-        given.append(_Given(top_where, top, f"{where}[{i}].", local))
+            raise ValueError(f"{where}[{i}]: must be a dict of options, got {_shown(local)}")
+        given.append(_Given((top_where, top), (f"{where}[{i}].", local)))
     return given
 
 
@@ -387,5 +417,6 @@ def reference() -> str:
     rows = ["| option | default | meaning | also read as |", "| --- | --- | --- | --- |"]
     for name, field in PrunerOptions.model_fields.items():
         meaning = field.description or ""
-        rows.append(f"| `{name}` | `{field.default}` | {meaning} | {', '.join(spellings.get(name, []))} |")
+        cells = [f"`{name}`", f"`{field.default}`", meaning, ", ".join(spellings.get(name, []))]
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"

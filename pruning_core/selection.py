@@ -184,7 +184,8 @@ class Selector:
 
     def names_explicitly(self, layer: str) -> bool:
         """True when an op_names entry means this one layer: its whole name, anchored or not."""
-        return any(pattern.lstrip("^").rstrip("$").replace("\\.", ".") == layer for pattern in self.op_names)
+        names = [pattern.lstrip("^").rstrip("$") for pattern in self.op_names]
+        return any(layer in (name, re.sub(r"\\(\W)", r"\1", name)) for name in names)
 
     def _check_types(self, model: nn.Module) -> None:
         present = {type(module).__name__ for module in model.modules()}

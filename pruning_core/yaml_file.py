@@ -1,10 +1,12 @@
 """Reads a YAML mapping that may come from anywhere: bounded, without objects, without duplicate keys.
 
-``!Pruner`` (a mapping in Neural Compressor's files) is the only tag.
+``!Pruner`` (a mapping in Neural Compressor's files) is the only tag. Plain text is read as YAML 1.2 has it, so that an
+unquoted ``2:4`` is a pattern (not 124, as in YAML 1.1) and ``1e-4`` a number (not text).
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,26 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 30
 MAX_NODES = 20_000
 
+NUMBERS_AND_SUCH = {
+    "null": (r"~|null|Null|NULL|", "~nN"),
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?(0|[1-9][0-9_]{0,18})", "-+0123456789"),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+"""What plain text may mean apart from itself: kind -> (the whole text, its first characters)."""
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses duplicate keys."""
 
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's table, filled below)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
             if not isinstance(key_node, yaml.ScalarNode):
                 raise _at(key_node, "a key must be plain text")
             if key_node.value in seen:
@@ -31,7 +44,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _at(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
+def _at(node: yaml.Node | yaml.Event, problem: str) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
@@ -41,21 +54,21 @@ def _pruner(loader: _Loader, node: yaml.Node) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
-def _unknown(loader: _Loader, node: yaml.Node) -> Any:
-    raise _at(node, f"unknown tag {node.tag!r}; the only tag is !Pruner")
-
-
 _Loader.add_constructor("!Pruner", _pruner)
-_Loader.add_constructor(None, _unknown)
+for _kind, (_text, _first) in NUMBERS_AND_SUCH.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_text})\\Z"), list(_first))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"\Z"), [""])
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; ValueError naming the file and the line for everything else."""
     path = Path(path)
     try:
-        if path.stat().st_size > MAX_BYTES:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
             raise ValueError(f"{path}: larger than {MAX_BYTES} bytes; this is not a pruning configuration")
-        text = path.read_text(encoding="utf-8")
+        text = content.decode("utf-8")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path of the configuration") from error
     except UnicodeDecodeError as error:
@@ -65,9 +78,10 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         loaded = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{path}{line}: {error.problem}") from error
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ValueError(f"{path}{line}: {problem}") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not readable as YAML ({error})") from error
+        raise ValueError(f"{path}: not readable as YAML ({str(error).splitlines()[0]})") from error
     if loaded is None:
         raise ValueError(f"{path}: is empty; write at least 'target_sparsity: 0.8'")
     if not isinstance(loaded, dict):
@@ -86,11 +100,9 @@ def _check_size(path: Path, text: str) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         elif isinstance(event, yaml.AliasEvent):
-            raise _alias(event)
+            raise _at(event, f"aliases are not read, got '*{event.anchor}'; write the options out")
+        tag = getattr(event, "tag", None)
+        if tag not in (None, "!", "!Pruner"):
+            raise _at(event, f"unknown tag {tag[:80]!r}; the only tag is !Pruner")
         if depth > MAX_DEPTH or nodes > MAX_NODES:
             raise ValueError(f"{path}: nested too deep or too long; this is not a pruning configuration")
-
-
-def _alias(event: yaml.AliasEvent) -> yaml.MarkedYAMLError:
-    problem = f"aliases are not read, got '*{event.anchor}'; write the options out, or put them in the global section"
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)

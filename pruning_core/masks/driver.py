@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 
 from pruning_core.config import LOCK, WeightPruningConfig
 from pruning_core.hooks import Clock, OptimizerHooks, unwrap_optimizer
-from pruning_core.masks import state as saved
 from pruning_core.masks.agreement import compare_ranks, non_finite
 from pruning_core.masks.basic import MaskGroup
 from pruning_core.masks.lasso import shrink_
 from pruning_core.masks.pattern_lock import LockedGroup
 from pruning_core.masks.progressive import ProgressiveGroup
 from pruning_core.masks.report import report_of
+from pruning_core.masks.state import load_state, state_of
 from pruning_core.masks.weight import MaskedWeight, mask_
 from pruning_core.report import Report
 from pruning_core.selection import Selector, Spared, unwrap
@@ -364,7 +364,7 @@ class Pruning:
     def state_dict(self) -> dict[str, Any]:
         """Masks (bits), scores, clock and configuration: tensors and plain data."""
         self._check_built("state_dict")
-        return saved.state_of(self.config, list(self._clocks.values()), self.groups)
+        return state_of(self.config, list(self._clocks.values()), self.groups)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -372,7 +372,7 @@ class Pruning:
         if not self._began:
             self._pending_state = state
             return
-        saved.load_state(state, self.config, list(self._clocks.values()), self.groups)
+        load_state(state, self.config, list(self._clocks.values()), self.groups)
         for group in self.groups:
             group.apply_()
 

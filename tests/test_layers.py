@@ -1,0 +1,99 @@
+"""Imports point down, wings never import each other, and the core imports few packages."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "pruning_core"
+
+FLOORS = [  # a module may import modules of its own floor's number or lower
+    {"registry", "yaml_file", "regularizers", "budget", "selection", "checkpoint", "hooks", "distillation", "cost"},
+    {"patterns", "criteria", "schedules", "report"},
+    {"config", "sharding"},
+    {"graph"},
+    {"masks", "channels", "supernet"},
+    {"export"},
+    {"__init__", "__main__"},
+]
+WINGS = {"masks", "channels", "supernet"}
+PACKAGES = {"torch", "numpy", "pydantic", "yaml", "safetensors", "matplotlib"}
+STANDARD = {
+    *("__future__", "abc", "argparse", "collections", "contextlib", "dataclasses", "difflib", "functools", "itertools"),
+    *("json", "math", "numbers", "os", "pathlib", "pickle", "random", "re", "sys", "tempfile", "types", "typing"),
+    *("warnings", "zlib"),
+}
+
+
+def room(path: Path) -> str:
+    """`masks/driver.py` lives in the room `masks`, `budget.py` in `budget`."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "pruning_core":  # `from pruning_core import checkpoint`
+                found += [f"pruning_core.{alias.name}" for alias in node.names]
+            else:
+                found.append(node.module)
+    return found
+
+
+def violations(files: dict[Path, list[str]]) -> list[str]:
+    floor = {name: i for i, names in enumerate(FLOORS) for name in names}
+    wrong = []
+    for path, names in files.items():
+        here = room(path)
+        assert here in floor, f"{here}: a new room; say on which floor it is"
+        for name in names:
+            package, _, inner = name.partition(".")
+            if package == "pruning_core":
+                there = inner.split(".")[0]
+                if floor[there] > floor[here] or (here in WINGS and there in WINGS and here != there):
+                    wrong.append(f"{here} imports {there}")
+            elif package not in PACKAGES | STANDARD:
+                wrong.append(f"{here} imports {package}")
+    return wrong
+
+
+def test_imports_point_down():
+    files = {path: imports(path) for path in ROOT.rglob("*.py")}
+    assert len(files) > 20
+    assert violations(files) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("budget.py", "pruning_core.masks.driver"),
+        ("masks/basic.py", "pruning_core.channels.plan"),
+        ("criteria.py", "ultralytics"),
+        ("config.py", "transformers.pytorch_utils"),
+        ("patterns.py", "pruning_core.config"),
+    ],
+)
+def test_the_guard_can_fail(file, name):
+    assert violations({ROOT / file: [name]}) != []
+
+
+def test_modules_of_one_floor_do_not_import_in_circles():
+    graph = {}
+    for path in ROOT.rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+        graph[module] = {name for name in imports(path) if name.startswith("pruning_core")}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail, module))
+        if module not in done:
+            for each in graph.get(module, ()):
+                visit(each, (*trail, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
