@@ -148,14 +148,15 @@ class Yolo(nn.Module):
         self.model = nn.ModuleDict(
             {
                 "0": conv(3, 8),
-                "1": nn.ModuleDict({"cv1": conv(8, 8), "cv3": conv(8, 8)}),
+                "1": nn.ModuleDict({"cv1": conv(8, 8), "cv2": conv(8, 8), "cv3": conv(8, 8)}),
                 "33": nn.ModuleDict({"m": nn.ModuleList([nn.Conv2d(8, 5, 1)])}),
             }
         )
 
     def forward(self, x):
         x = self.model["0"]["conv"](x).relu()
-        x = self.model["1"]["cv3"]["conv"](self.model["1"]["cv1"]["conv"](x).relu()).relu()
+        for layer in self.model["1"].values():
+            x = layer["conv"](x).relu()
         return self.model["33"]["m"][0](x).mean((2, 3))
 
 
@@ -193,7 +194,7 @@ def test_the_template_of_the_yaml_api(do_prune, tmp_path, monkeypatch):
         return
     first, second = pruner.report().groups
     assert [row.name for row in first.layers] == ["model.0.conv.weight"]
-    assert [row.name for row in second.layers] == ["model.1.cv1.conv.weight", "model.1.cv3.conv.weight"]
+    assert [row.name for row in second.layers] == [f"model.1.cv{i}.conv.weight" for i in (1, 2, 3)]
     assert first.zeros == math.floor(0.8 * first.weights + 0.5)
     assert second.weights * 0.8 - 4 < second.zeros <= second.weights * 0.8 + 0.5
     assert (model.model["33"]["m"][0].weight != 0).all()
