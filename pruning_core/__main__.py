@@ -28,7 +28,15 @@ def inspect(path: str | Path) -> Report:
     if model is None:
         known = ", ".join(MODEL_KEYS)
         raise CheckpointError(f"{path}: holds no model weights; save a state_dict itself or under one of: {known}")
-    return report_of_saved(model, pruner)
+    if pruner is None:
+        return report_of_saved(model, None)
+    try:
+        return report_of_saved(model, pruner)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise CheckpointError(
+            f"{path}: the pruner's state in it is damaged or of another version ({reason})"
+        ) from error
 
 
 def _safetensors(path: str | Path) -> Mapping[str, Tensor]:
@@ -64,14 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         report = inspect(options.checkpoint)
-    except ValueError as error:
-        print(error, file=sys.stderr)
+        print(report)
+        if options.json:
+            report.save_json(options.json)
+        if options.plot:
+            report.plot(options.plot)
+    except (ValueError, OSError, ImportError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
         return 2
-    print(report)
-    if options.json:
-        report.save_json(options.json)
-    if options.plot:
-        report.plot(options.plot)
     return 0
 
 

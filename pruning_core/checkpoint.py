@@ -134,7 +134,8 @@ def _why_not(error: Exception) -> str:
     if asked_for:
         return f"holds an object, {asked_for[1]}, and was not loaded; save state dicts, not objects"
     reason = str(error) if isinstance(error, RuntimeError) else "unreadable bytes"
-    return f"not a readable checkpoint ({reason.splitlines()[0].partition('. ')[0]}); it may be damaged"
+    reason = reason.strip().partition("\n")[0].partition(". ")[0]
+    return f"not a readable checkpoint ({reason or type(error).__name__}); it may be damaged"
 
 
 def rng_state() -> dict[str, Any]:

@@ -59,14 +59,14 @@ def _regular_expressions(value: list[str]) -> list[str]:
 
 Step = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
 Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
-Ratio = Annotated[float, Field(ge=0, lt=1, strict=True, allow_inf_nan=False)]
+Ratio = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Names = Annotated[list[str], BeforeValidator(_names)]
 
 
 class PrunerOptions(BaseModel):
     """The options of one pruner: a group of layers that is ranked together."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     target_sparsity: Annotated[Ratio, Field(description="share of zeros at `end_step`; for N:M patterns 1 - N/M")] = 0.8
     pruning_type: Annotated[
@@ -93,18 +93,14 @@ class PrunerOptions(BaseModel):
     criterion_reduce_type: Annotated[
         Literal["mean", "sum", "max"], Field(description="how the scores of a unit become one score")
     ] = "mean"
-    momentum_decay: Annotated[
-        float, Field(gt=0, le=1, strict=True, description="a in `S = a S + b |w g|` (snip_momentum)")
-    ] = 1.0
-    momentum_gain: Annotated[
-        float, Field(gt=0, strict=True, allow_inf_nan=False, description="b in `S = a S + b |w g|`")
-    ] = 0.9
+    momentum_decay: Annotated[float, Field(gt=0, le=1, description="a in `S = a S + b |w g|` (snip_momentum)")] = 1.0
+    momentum_gain: Annotated[float, Field(gt=0, allow_inf_nan=False, description="b in `S = a S + b |w g|`")] = 0.9
     progressive_steps: Annotated[Positive, Field(description="portions between two mask changes (progressive)")] = 4
     progressive_type: Annotated[
         Literal["scores", "linear"], Field(description="order inside doomed units: lowest score first, or by position")
     ] = "scores"
     reg_type: Annotated[Literal["group_lasso"] | None, Field(description="shrinks whole units while pruning")] = None
-    reg_coeff: Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False, description="its strength")] = 0.0
+    reg_coeff: Annotated[float, Field(ge=0, allow_inf_nan=False, description="its strength")] = 0.0
 
     @field_validator("op_names", "excluded_op_names", "extra_excluded_op_names")
     @classmethod
@@ -159,7 +155,7 @@ class PrunerOptions(BaseModel):
         if self.target_sparsity > self.max_sparsity_ratio_per_op:
             problem = f"above max_sparsity_ratio_per_op {self.max_sparsity_ratio_per_op}, got {self.target_sparsity}"
             wrong.append(("target_sparsity", problem + "; raise the maximum or lower the target"))
-        if self.target_sparsity < self.min_sparsity_ratio_per_op:
+        elif self.target_sparsity < self.min_sparsity_ratio_per_op <= self.max_sparsity_ratio_per_op:
             problem = f"below min_sparsity_ratio_per_op {self.min_sparsity_ratio_per_op}, got {self.target_sparsity}"
             wrong.append(("target_sparsity", problem + "; lower the minimum or raise the target"))
         if self.reg_type is None and self.reg_coeff:

@@ -76,9 +76,9 @@ class Report:
             "sparsity": self.sparsity,
             "parameters": self.parameters,
             "zeros": self.zeros,
-            "metrics": self.metrics,
+            "metrics": _plain(self.metrics),
             "groups": groups,
-            "dense": [asdict(layer) for layer in self.dense],
+            "dense": [{**asdict(layer), "reached": layer.reached} for layer in self.dense],
         }
 
     def save_json(self, path: str | Path) -> None:
@@ -95,7 +95,7 @@ class Report:
             lines += [group.title, f"  {now}, reached {group.reached:.2%}: {zeros}"]
             lines += _table(group.layers)
         if self.dense:
-            lines += ["left dense", *_table(self.dense)]
+            lines += ["left dense" if self.groups else "weights", *_table(self.dense)]
         lines.append(f"model: {self.zeros:,} of {self.parameters:,} parameters are zero, {self.sparsity:.2%}")
         if self.metrics:
             lines.append("metric: " + ", ".join(f"{name} {value}" for name, value in self.metrics.items()))
@@ -122,6 +122,18 @@ class Report:
         axes.set_title(f"{self.sparsity:.1%} of {self.parameters:,} parameters are zero", fontsize=10)
         kind = Path(path).suffix.lstrip(".") or "png"
         write_atomically(path, lambda file: figure.savefig(file, format=kind, dpi=120))
+
+
+def _plain(metric: Any) -> Any:
+    """What an evaluation function returned, as JSON has it: numbers of any library as numbers, the rest as text."""
+    if isinstance(metric, dict):
+        return {str(name): _plain(each) for name, each in metric.items()}
+    if isinstance(metric, list | tuple):
+        return [_plain(each) for each in metric]
+    if hasattr(metric, "tolist"):  # tensors, arrays and NumPy scalars
+        metric = metric.tolist()
+        return _plain(metric) if isinstance(metric, list) else metric
+    return metric if isinstance(metric, str | int | float | None) else str(metric)
 
 
 def _table(layers: tuple[LayerRow, ...]) -> list[str]:

@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from pruning_core.patterns import Pattern, Region
@@ -46,6 +47,14 @@ class Group:
 def local(x: Tensor) -> Tensor:
     """The part of a tensor that is stored here."""
     return x.to_local() if isinstance(x, DTensor) else x
+
+
+def reshard(model: nn.Module) -> None:
+    """Puts slices back in place: a forward pass without a backward pass leaves the outermost weights gathered."""
+    if dist.is_available() and dist.is_initialized():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def shard_group(name: str, parameter: Tensor) -> Group | None:

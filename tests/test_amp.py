@@ -196,13 +196,14 @@ def test_accumulation_with_attach_counts_optimizer_steps():
         assert pruner.groups[0].done
 
 
-def test_several_optimizers_equal_one():
+@pytest.mark.parametrize("options", [{"end_step": 6}, {"pruning_type": "gradient", "end_step": 6}])
+def test_several_optimizers_equal_one(options):
     def run(split):
         torch.manual_seed(0)
         model = small_net()
         parts = [model[:4].parameters(), model[4:].parameters()] if split else [model.parameters()]
         optimizers = [torch.optim.SGD(part, lr=0.1, momentum=0.9) for part in parts]
-        with Pruning({"end_step": 6}).attach(model, *optimizers):
+        with Pruning(options).attach(model, *optimizers):
             for step in range(8):
                 loss_of(model, step).backward()
                 for optimizer in optimizers:
@@ -212,6 +213,17 @@ def test_several_optimizers_equal_one():
 
     for a, b in zip(run(True).parameters(), run(False).parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_one_shot_snip_waits_until_every_optimizer_has_shown_its_gradients():
+    model = small_net()
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (model[:4], model[4:])]
+    pruner = Pruning({"pruning_type": "snip", "pattern": "1x1"}).attach(model, *optimizers)
+    loss_of(model, 0).backward()
+    optimizers[0].step()
+    assert all(mask.all() for mask in pruner.masks().values())
+    optimizers[1].step()
+    assert pruner.report().groups[0].reached == pytest.approx(0.8, abs=1e-3)
 
 
 def test_an_optimizer_without_pruned_weights_does_not_drive_the_clock():

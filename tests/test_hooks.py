@@ -100,11 +100,21 @@ def test_training_begins_once():
     pruner.on_train_begin()
     pruner.on_train_begin()  # nothing has happened yet
     pruner.on_step_begin()
+    loss_of(pruner.model, 0).backward()
+    pruner.on_before_optimizer_step()
     pruner.on_after_optimizer_step()
     with pytest.raises(RuntimeError, match="on_train_begin: training has begun already; call on_train_end"):
         pruner.on_train_begin()
     with pytest.raises(RuntimeError, match="update_items_for_all_pruners: training has begun; call it before"):
         pruner.update_items_for_all_pruners(end_step=9)
+
+
+def test_a_forgotten_hook_is_told():
+    pruner = pruner_for(small_net())
+    pruner.on_train_begin()
+    pruner.on_step_begin()
+    with pytest.raises(RuntimeError, match="on_before_optimizer_step was not called in this step"):
+        pruner.on_after_optimizer_step()
 
 
 def test_explicit_hooks_and_attach_do_not_mix():
@@ -141,6 +151,8 @@ def test_a_layer_replaced_under_the_pruner_is_an_error():
     model = small_net()
     pruner = pruner_for(model)
     pruner.on_train_begin()
+    loss_of(model, 0).backward()
+    pruner.on_before_optimizer_step()
     model[5].weight = torch.nn.Parameter(torch.randn(18, 100))
     with pytest.raises(RuntimeError, match=r"5\.weight: the weight changed from \(18, 192\) to \(18, 100\)"):
         pruner.on_after_optimizer_step()

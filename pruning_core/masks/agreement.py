@@ -27,7 +27,7 @@ def non_finite(gradients: Sequence[Tensor], groups: Sequence[MaskGroup]) -> Tens
     if not sums:
         return torch.tensor(False)
     device = sums[0].device
-    flag = ~torch.stack([each.double().to(device) for each in sums]).isfinite().all()
+    flag = ~torch.stack([each.float().to(device) for each in sums]).isfinite().all()
     ranks = next((group.ranks for group in groups if group.ranks is not None), None)
     return flag if ranks is None else ranks.max_(flag.to(torch.int32)) != 0
 

@@ -23,7 +23,6 @@ class MaskGroup:
         self.where, self.options, self.weights, self.spared = where, options, weights, spared
         self.table = options.timetable
         self.updated_at = -1
-        self.scored = False  # a gradient has been seen since the scores were last used up
         self.changed = False  # masks changed since the last optimizer step
         self.check_limits()
 
@@ -76,8 +75,12 @@ class MaskGroup:
             return not mine
         for weight in mine:
             weight.observe(rate, bad)
-        self.scored = True
         return True
+
+    @property
+    def scored(self) -> bool:
+        """Every weight has a score that was not used up yet."""
+        return all(weight.score is not None for weight in self.weights)
 
     def ready(self, now: int) -> bool:
         """A change that is due can be carried out: it needs no gradient, or one was seen."""
@@ -100,7 +103,6 @@ class MaskGroup:
     def _passed(self, due: int) -> None:
         self.updated_at, self.changed = due, True
         if self.done or not self.options.criterion.accumulates:
-            self.scored = False
             for weight in self.weights:
                 weight.score = None
 
@@ -162,7 +164,6 @@ class MaskGroup:
     def state_dict(self) -> dict[str, Any]:
         return {
             "updated_at": self.updated_at,
-            "scored": self.scored,
             "changed": self.changed,
             "spared": [[each.layer, each.kind, each.reason] for each in self.spared],
             "weights": {weight.target.name: self._weight_state(weight) for weight in self.weights},
@@ -172,7 +173,7 @@ class MaskGroup:
         return {"keep": pack(weight.keep), "score": to_plain(weight.score), "shape": list(weight.shape)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.updated_at, self.scored, self.changed = state["updated_at"], state["scored"], state["changed"]
+        self.updated_at, self.changed = state["updated_at"], state["changed"]
         for weight in self.weights:
             self._load_weight(weight, state["weights"][weight.target.name])
 

@@ -15,17 +15,14 @@ from pruning_core.config import LOCK, WeightPruningConfig
 from pruning_core.hooks import Clock, OptimizerHooks, unwrap_optimizer
 from pruning_core.masks.agreement import compare_ranks, non_finite
 from pruning_core.masks.basic import MaskGroup
+from pruning_core.masks.build import build_groups, who_steps
 from pruning_core.masks.lasso import shrink_
-from pruning_core.masks.pattern_lock import LockedGroup
-from pruning_core.masks.progressive import ProgressiveGroup
 from pruning_core.masks.report import report_of
 from pruning_core.masks.state import load_state, state_of
-from pruning_core.masks.weight import MaskedWeight, mask_
+from pruning_core.masks.weight import mask_
 from pruning_core.report import Report
-from pruning_core.selection import Selector, Spared, unwrap
-from pruning_core.sharding import local
-
-GROUPS: dict[str, type[MaskGroup]] = {"basic": MaskGroup, "progressive": ProgressiveGroup, LOCK: LockedGroup}
+from pruning_core.selection import unwrap
+from pruning_core.sharding import local, reshard
 
 
 class Pruning:
@@ -65,6 +62,7 @@ class Pruning:
         self._hooks: OptimizerHooks | None = None
         self._skipped: bool | Tensor = False
         self._pending_state: dict[str, Any] | None = None
+        self._looked = False  # before_step was called for the step that is under way
         self._told_no_gradient = False
 
     # ---- set-up -------------------------------------------------------------------------------------------------
@@ -95,8 +93,9 @@ class Pruning:
             raise RuntimeError("on_train_begin: training has begun already; call on_train_end, or make a new Pruning")
         if self.model is None:
             raise RuntimeError("on_train_begin: no model to prune; set pruner.model = model first")
-        self.groups = self._build(unwrap(self.model))
-        self._assign(optimizers)
+        reshard(self.model)
+        self.groups = build_groups(self.config, unwrap(self.model))
+        self._set_clocks(optimizers)
         self._began = True
         if total_steps is not None:
             self._warn_if_too_short(total_steps)
@@ -104,53 +103,16 @@ class Pruning:
             state, self._pending_state = self._pending_state, None
             self.load_state_dict(state)
 
-    def _build(self, model: nn.Module) -> list[MaskGroup]:
-        """Each layer belongs to the first pruner that selects it."""
-        groups: list[MaskGroup] = []
-        taken: dict[int, str] = {}
-        for i, options in enumerate(self.config.pruners):
-            where = f"pruning_configs[{i}]"
-            excluded = [*options.excluded_op_names, *options.extra_excluded_op_names]
-            selector = Selector(where, options.op_names, excluded, options.pruning_op_types)
-            targets, spared = selector.select(model)
-            weights = []
-            for target in targets:
-                owner = taken.get(id(target.parameter))
-                reason = options.parsed_pattern.unfit(target.layout.shape(target.parameter.shape))
-                if owner is not None:
-                    spared.append(Spared(target.layer, type(target.module).__name__, f"pruned as {owner}"))
-                elif reason is not None and options.kind != LOCK:
-                    selector.spare(target, f"{reason} (pattern {options.pattern})", spared)
-                else:
-                    taken[id(target.parameter)] = f"{target.name} by {where}"
-                    weights.append(MaskedWeight(target, options))
-            if not weights:
-                reasons = "; ".join(f"{each.layer}: {each.reason}" for each in spared[:3])
-                raise ValueError(f"{where}: no layer is left to prune ({reasons}); change its op_names or exclusions")
-            groups.append(GROUPS[options.kind](where, options, weights, spared))
-        return groups
-
-    def _assign(self, optimizers: list[Optimizer]) -> None:
+    def _set_clocks(self, optimizers: list[Optimizer]) -> None:
         """One clock per optimizer that holds pruned weights; a step is over when each of them has made it."""
-        targets = {id(w.target.parameter): w.target.name for group in self.groups for w in group.weights}
-        self._clocks, self._params = {}, {}
-        for optimizer in optimizers:
-            held = {id(p) for param_group in optimizer.param_groups for p in param_group["params"]}
-            self._params[optimizer] = held & targets.keys()
-            if self._params[optimizer]:
-                self._clocks[optimizer] = Clock()
-        if not optimizers:
-            self._clocks, self._params = {None: Clock()}, {None: None}
-            if self.optimizer is None and any(group.options.reg_type for group in self.groups):
-                raise RuntimeError("reg_type: group_lasso needs the learning rate; set pruner.optimizer first")
-        elif not self._clocks:
-            raise ValueError("attach: the optimizers hold none of the pruned weights; pass the model's own optimizer")
         if optimizers:
-            held = set().union(*(params or set() for params in self._params.values()))
-            for missing in [name for key, name in targets.items() if key not in held]:
-                warnings.warn(f"attach: no optimizer holds {missing}; it is masked but never trained", stacklevel=4)
-            lead = next(iter(self._clocks))
-            self._params[lead] = (self._params[lead] or set()) | (targets.keys() - held)
+            held = who_steps(self.groups, optimizers)
+            self._params = {optimizer: params or set() for optimizer, params in held.items()}
+            self._clocks = {optimizer: Clock() for optimizer, params in held.items() if params}
+            return
+        self._params, self._clocks = {None: None}, {None: Clock()}
+        if self.optimizer is None and any(group.options.reg_type for group in self.groups):
+            raise RuntimeError("reg_type: group_lasso needs the learning rate; set pruner.optimizer first")
 
     def _warn_if_too_short(self, total_steps: int) -> None:
         for group in self.groups:
@@ -177,6 +139,11 @@ class Pruning:
     def on_after_optimizer_step(self) -> None:
         """After the optimizer: masks the weights, and changes the masks when that is due."""
         self._check_began("on_after_optimizer_step")
+        if not self._looked and any(group.wants_gradients(self._step_at_most) for group in self.groups):
+            raise RuntimeError(
+                "on_after_optimizer_step: on_before_optimizer_step was not called in this step; gradients are read "
+                "there, call it after backward"
+            )
         self.after_step(None)
 
     def on_train_end(self) -> None:
@@ -221,7 +188,9 @@ class Pruning:
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer | None) -> None:
-        now, params = self._step_at_most, self._params[optimizer]
+        assert self.model is not None
+        reshard(self.model)
+        now, params, self._looked = self._step_at_most, self._params[optimizer], True
         scoring = [group for group in self.groups if group.wants_gradients(now)]
         found_inf = getattr(optimizer, "found_inf", None)
         bad: bool | Tensor = False
@@ -233,7 +202,7 @@ class Pruning:
         if bad is True:
             return
         grad_scale = getattr(optimizer, "grad_scale", None)
-        rate = 1.0 if grad_scale is None else grad_scale.reshape(()).double().reciprocal().float()
+        rate = 1.0 if grad_scale is None else grad_scale.reshape(()).float().reciprocal()
         seen = [group.observe(params, rate, bad if isinstance(bad, Tensor) else None) for group in scoring]
         if not all(seen):
             self._tell_no_gradient()
@@ -273,7 +242,7 @@ class Pruning:
                 for group in self.groups:
                     group.changed = False
                 self._advance()
-        self._skipped = False
+        self._skipped = self._looked = False
         for group in self.groups:
             group.apply_(self._params[optimizer])
 
@@ -287,6 +256,8 @@ class Pruning:
         self._update([group for group in waiting if group.is_due(now) and group.ready(now)], now)
 
     def _update(self, groups: list[MaskGroup], now: int) -> None:
+        assert self.model is not None
+        reshard(self.model)
         for group in groups:
             group.update(now)
         if groups:
@@ -336,13 +307,16 @@ class Pruning:
     def mask_(self, other: nn.Module) -> nn.Module:
         """Masks a copy of the model (EMA, SWA) in place, by parameter names."""
         self._check_built("mask_")
+        reshard(other)
         parameters = dict(unwrap(other).named_parameters(remove_duplicate=False))
         for group in self.groups:
             for weight in group.weights:
                 parameter = parameters.get(weight.target.name)
-                if parameter is None or tuple(parameter.shape) != tuple(weight.target.parameter.shape):
-                    got = "nothing" if parameter is None else f"shape {tuple(parameter.shape)}"
-                    raise ValueError(f"mask_: {weight.target.name} is not in that model, got {got}; pass a copy")
+                if parameter is None or tuple(local(parameter).shape) != weight.shape:
+                    got = "nothing" if parameter is None else f"{tuple(local(parameter).shape)} for {weight.shape}"
+                    raise ValueError(
+                        f"mask_: {weight.target.name} is not in that model, got {got}; pass a copy, sharded alike"
+                    )
                 mask_(local(parameter.detach()), weight.keep.to(parameter.device))
         return other
 
@@ -355,6 +329,7 @@ class Pruning:
         """Asked and reached sparsity per layer, counted from the weights."""
         self._check_built("report")
         assert self.model is not None
+        reshard(self.model)
         return report_of(unwrap(self.model), self.groups, self.step, self.metrics)
 
     def _check_built(self, what: str) -> None:
@@ -372,6 +347,8 @@ class Pruning:
         if not self._began:
             self._pending_state = state
             return
+        assert self.model is not None
+        reshard(self.model)
         load_state(state, self.config, list(self._clocks.values()), self.groups)
         for group in self.groups:
             group.apply_()

@@ -47,7 +47,7 @@ def report_of(model: nn.Module, groups: Sequence[MaskGroup], step: int, metrics:
 
 def report_of_saved(model: Mapping[str, Any], pruner: Mapping[str, Any] | None) -> Report:
     """From a state dict and, when there is one, the state of its pruner."""
-    state = {name: value for name, value in model.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    state = _parameters(model)
     rows, spared = [], []
     for i, (options, group) in enumerate(_groups(pruner)):
         asked = _asked(options, group)
@@ -61,8 +61,25 @@ def report_of_saved(model: Mapping[str, Any], pruner: Mapping[str, Any] | None) 
         spared.append([Spared(*each) for each in group["spared"]])
     dense = _dense({row.name for group in rows for row in group.layers}, spared, state, everything=not rows)
     step = min(clock["now"] for clock in pruner["clocks"]) if pruner else None
-    zeros = sum(_zeros(name, value) for name, value in state.items())
-    return Report(step, tuple(rows), dense, sum(value.numel() for value in state.values()), zeros)
+    once = _once(state)
+    zeros = sum(_zeros(name, value) for name, value in once.items())
+    return Report(step, tuple(rows), dense, sum(value.numel() for value in once.values()), zeros)
+
+
+def _parameters(model: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The floating-point tensors of a state dict without the running statistics of norms, which are no parameters."""
+    floats = {name: value for name, value in model.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    return {name: value for name, value in floats.items() if not name.endswith(("running_mean", "running_var"))}
+
+
+def _once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tied weights under the first of their names only, as ``named_parameters`` has them."""
+    first: dict[Any, str] = {}
+    for name, value in state.items():
+        here = local(value)
+        memory = (here.data_ptr(), here.stride()) if here.layout == torch.strided and here.data_ptr() else name
+        first.setdefault((memory, value.shape), name)
+    return {name: state[name] for name in first.values()}
 
 
 def _groups(pruner: Mapping[str, Any] | None) -> list[tuple[PrunerOptions, Any]]:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruning_core.config import PrunerOptions
+from pruning_core.config import LOCK, PrunerOptions
+from pruning_core.patterns import parse_pattern
 from pruning_core.selection import Target
 from pruning_core.sharding import Place, local, place
 
@@ -26,7 +27,7 @@ class MaskedWeight:
 
     def __init__(self, target: Target, options: PrunerOptions) -> None:
         self.target, self.options = target, options
-        self.pattern = options.parsed_pattern
+        self.pattern = parse_pattern("1x1") if options.kind == LOCK else options.parsed_pattern  # no units to respect
         self.place: Place = place(target.name, target.parameter, target.layout, self.pattern)
         here = local(target.parameter)
         self.shape = tuple(here.shape)

@@ -1,0 +1,223 @@
+"""Cost of the masking engine: mask updates, hooks per step, memory; beside AdamW and beside Neural Compressor 2.6.
+
+    python -m benchmarks.engine [--peer-python PATH] [--json FILE] [--repeats N] [--models yolov5s,bert-base]
+
+Every case runs in fresh processes of one thread: ``--repeats`` of them for CPU time, of which the median counts, and
+one for memory; the peer's take turns with ours. ``benchmarks.measure`` says what is measured and how. The bars are
+upper limits for our own figures, in CPU seconds, in ``AdamW.step``s of default settings, or in MiB.
+
+The peer needs an environment of its own::
+
+    uv venv peer --python 3.11
+    uv pip install --python peer/bin/python neural-compressor==2.6 six 'setuptools<81' 'numpy<2' 'transformers<5' torch
+    python -m benchmarks.engine --peer-python peer/bin/python
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.measure import MEMORY_ENVIRONMENT, ONE_THREAD, Case
+
+ROOT = Path(__file__).resolve().parent.parent
+CASES = (
+    Case("bert-base", "4x1", 0.8),
+    Case("yolov5s", "1x1", 0.8),
+    Case("bert-base", "1x1", 0.8),
+    Case("bert-base", "2:4", 0.5),
+    Case("bert-base", "channelx1", 0.8),
+)
+WHAT = {
+    "update_mid": "mask update, halfway",
+    "update_end": "mask update, final",
+    "window": "hooks per step, in the window",
+    "cooldown": "hooks per step, in cooldown",
+}
+PEER_COMMANDS = [line.strip() for line in (__doc__ or "").splitlines()[-4:] if line.strip()]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """The most that our figure may be: CPU seconds, a multiple of AdamW.step, MiB above the level before."""
+
+    seconds: float | None = None
+    adamw: float | None = None
+    mib: float | None = None
+
+    def __str__(self) -> str:
+        parts = [(self.seconds, "{:g} s"), (self.adamw, "{:g} x AdamW"), (self.mib, "+{:g} MiB")]
+        return ", ".join(text.format(value) for value, text in parts if value is not None)
+
+
+def bar(case: Case, row: str) -> Bar:
+    bert_4x1 = (case.model, case.pattern) == ("bert-base", "4x1")
+    if row == "cooldown":
+        return Bar(adamw=0.35)
+    if row == "window":
+        return Bar(adamw=0.7) if bert_4x1 else Bar()
+    if bert_4x1:
+        return Bar(seconds=1.0, mib=64)
+    return Bar(seconds=0.2) if case.model == "yolov5s" else Bar()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: CPU seconds, MiB, and what they are multiples of."""
+
+    what: str
+    seconds: float
+    bar: str
+    met: bool | None
+    adamw: float
+    adamw_fused: float
+    mib: float
+    peer_seconds: float | None = None
+    peer_adamw: float | None = None
+    peer_mib: float | None = None
+    peer_ratio: float | None = None
+
+    def cells(self) -> list[str]:
+        verdict = "" if self.met is None else " ok" if self.met else " OVER"
+        ratios = [_number(x, "{:.2f} x") for x in (self.adamw, self.adamw_fused)]
+        ours = [_number(self.seconds, "{:.3f}"), self.bar + verdict, *ratios, _number(self.mib, "+{:.0f}")]
+        peer = [
+            _number(self.peer_seconds, "{:.3f}"),
+            _number(self.peer_adamw, "{:.2f} x"),
+            _number(self.peer_mib, "+{:.0f}"),
+        ]
+        return [self.what, *ours, *peer, _number(self.peer_ratio, "{:.1f} x")]
+
+
+HEADINGS = (
+    *("what", "ours, CPU-s", "bar", "/ AdamW", "/ fused AdamW", "ours, MiB"),
+    *("peer, CPU-s", "peer / AdamW", "peer, MiB", "peer / ours"),
+)
+
+
+def _number(value: float | None, text: str) -> str:
+    return "" if value is None else text.format(value)
+
+
+def measure(python: str, module: str, case: Case) -> dict[str, Any]:
+    """Runs one case in a process of its own; its last line is JSON."""
+    environment = {**os.environ, **ONE_THREAD, **(MEMORY_ENVIRONMENT if case.memory else {})}
+    command = [python, "-m", f"benchmarks.{module}", case.to_json()]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{module}, {case}: failed\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    numbers = {name: median(run[name] for run in runs) for name in runs[0] if name != "versions"}
+    return {**numbers, "versions": runs[0]["versions"]}
+
+
+def side_by_side(case: Case, sides: dict[str, tuple[str, str, int]]) -> dict[str, dict[str, Any]]:
+    """Per side: {"time": medians, "memory": figures, "runs": all}; repeats of the sides take turns."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    for i in range(max(repeats for _, _, repeats in sides.values())):
+        for name, (python, module, repeats) in sides.items():
+            if i < repeats:
+                runs[name].append(measure(python, module, case))
+    result = {}
+    for name, (python, module, _) in sides.items():
+        memory = measure(python, module, replace(case, memory=True))
+        result[name] = {"time": medians(runs[name]), "memory": memory, "runs": runs[name]}
+    return result
+
+
+def rows(case: Case, sides: dict[str, dict[str, Any]]) -> list[Row]:
+    ours, peer = sides["ours"], sides.get("peer")
+    lines = []
+    for name, what in WHAT.items():
+        seconds, mib = ours["time"][name], ours["memory"][name]
+        adamw, limit = seconds / ours["time"]["adamw"], bar(case, name)
+        pairs = [(seconds, limit.seconds), (adamw, limit.adamw), (mib, limit.mib)]
+        asked = [value <= most for value, most in pairs if most is not None]
+        beside: dict[str, float] = {}
+        if peer is not None:
+            beside = {
+                "peer_seconds": peer["time"][name],
+                "peer_adamw": peer["time"][name] / peer["time"]["adamw"],
+                "peer_mib": peer["memory"][name],
+                "peer_ratio": peer["time"][name] / seconds,
+            }
+        met = all(asked) if asked else None
+        fused = seconds / ours["time"]["adamw_fused"]
+        label = f"{case.model} {case.pattern}: {what}"
+        lines.append(Row(label, seconds, str(limit), met, adamw, fused, mib, **beside))
+    return lines
+
+
+def table(lines: list[Row]) -> str:
+    """Markdown, padded to be read as plain text too."""
+    cells = [list(HEADINGS), *(line.cells() for line in lines)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(HEADINGS))]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
+    padded.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(row) + " |" for row in padded)
+
+
+def about(results: list[tuple[Case, dict[str, dict[str, Any]]]]) -> dict[str, Any]:
+    versions = {name: side["time"]["versions"] for name, side in results[0][1].items()}
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, of which one is used",
+        "seed": results[0][0].seed,
+        "repeats": {name: len(side["runs"]) for name, side in results[0][1].items()},
+    }
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--peer-python", help="interpreter of an environment with neural-compressor==2.6")
+    parser.add_argument("--json", type=Path, help="writes all figures to this file")
+    parser.add_argument("--repeats", type=int, default=3, help="processes per case for CPU time (default 3)")
+    parser.add_argument("--peer-repeats", type=int, default=1, help="the same for the peer, which is slow (default 1)")
+    parser.add_argument("--models", default="yolov5s,bert-base", help="which models (default yolov5s,bert-base)")
+    options = parser.parse_args()
+    unknown = set(options.models.split(",")) - {case.model for case in CASES}
+    if unknown:
+        parser.error(f"--models: unknown model, got {', '.join(sorted(unknown))}; use yolov5s, bert-base or both")
+    if min(options.repeats, options.peer_repeats) < 1:
+        parser.error("--repeats and --peer-repeats: must be at least 1")
+    return options
+
+
+def main() -> None:
+    options = arguments()
+    sides = {"ours": (sys.executable, "ours", options.repeats)}
+    if options.peer_python:
+        # Not resolved: a virtual environment is known by the path of its link.
+        peer = str(Path(options.peer_python).absolute())
+        sides["peer"] = (peer, "peer_neural_compressor", options.peer_repeats)
+    results, lines = [], []
+    for case in [case for case in CASES if case.model in options.models.split(",")]:
+        print(f"{case.model} {case.pattern} ...", file=sys.stderr, flush=True)
+        results.append((case, side_by_side(case, sides)))
+        lines += rows(*results[-1])
+    print(table(lines))
+    print(json.dumps(about(results)))
+    if not options.peer_python:
+        print("The peer columns are empty. To fill them:", *PEER_COMMANDS, sep="\n    ")
+    if options.json:
+        cases = [{"case": asdict(case), **measured} for case, measured in results]
+        report = {"about": about(results), "rows": [asdict(line) for line in lines], "cases": cases}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

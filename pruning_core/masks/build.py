@@ -1,0 +1,61 @@
+"""From a configuration and a model to groups of masked weights, and who steps which of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from pruning_core.config import LOCK, PrunerOptions, WeightPruningConfig
+from pruning_core.masks.basic import MaskGroup
+from pruning_core.masks.pattern_lock import LockedGroup
+from pruning_core.masks.progressive import ProgressiveGroup
+from pruning_core.masks.weight import MaskedWeight
+from pruning_core.selection import Selector, Spared
+
+KINDS: dict[str, type[MaskGroup]] = {"basic": MaskGroup, "progressive": ProgressiveGroup, LOCK: LockedGroup}
+
+
+def build_groups(config: WeightPruningConfig, model: nn.Module) -> list[MaskGroup]:
+    """One group per pruner. A weight belongs to the first pruner that selects it."""
+    taken: dict[int, str] = {}
+    return [_build(f"pruning_configs[{i}]", options, model, taken) for i, options in enumerate(config.pruners)]
+
+
+def _build(where: str, options: PrunerOptions, model: nn.Module, taken: dict[int, str]) -> MaskGroup:
+    excluded = [*options.excluded_op_names, *options.extra_excluded_op_names]
+    selector = Selector(where, options.op_names, excluded, options.pruning_op_types)
+    targets, spared = selector.select(model)
+    weights = []
+    for target in targets:
+        owner = taken.get(id(target.parameter))
+        reason = options.parsed_pattern.unfit(target.layout.shape(target.parameter.shape))
+        if owner is not None:
+            spared.append(Spared(target.layer, type(target.module).__name__, f"pruned as {owner}"))
+        elif reason is not None and options.kind != LOCK:
+            selector.spare(target, f"{reason} (pattern {options.pattern})", spared)
+        else:
+            taken[id(target.parameter)] = f"{target.name} by {where}"
+            weights.append(MaskedWeight(target, options))
+    if not weights:
+        reasons = "; ".join(f"{each.layer}: {each.reason}" for each in spared[:3])
+        raise ValueError(f"{where}: no layer is left to prune ({reasons}); change its op_names or exclusions")
+    return KINDS[options.kind](where, options, weights, spared)
+
+
+def who_steps(groups: Sequence[MaskGroup], optimizers: Sequence[Optimizer]) -> dict[Optimizer, set[int]]:
+    """Optimizer -> ids of the pruned weights it holds; weights that none holds go to the first, with a warning."""
+    names = {id(weight.target.parameter): weight.target.name for group in groups for weight in group.weights}
+    held = {}
+    for optimizer in optimizers:
+        params = {id(p) for param_group in optimizer.param_groups for p in param_group["params"]}
+        held[optimizer] = params & names.keys()
+    if not any(held.values()):
+        raise ValueError("attach: the optimizers hold none of the pruned weights; pass the model's own optimizer")
+    orphans = names.keys() - set().union(*held.values())
+    for orphan in sorted(names[key] for key in orphans):
+        warnings.warn(f"attach: no optimizer holds {orphan}; it is masked but never trained", stacklevel=5)
+    next(params for params in held.values() if params).update(orphans)
+    return held
