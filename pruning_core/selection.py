@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from pruning_core.registry import did_you_mean
 
@@ -98,9 +99,9 @@ def family(module: nn.Module) -> str | None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model below DistributedDataParallel, DataParallel and torch.compile, whose prefixes are not in names."""
+    """The model below DistributedDataParallel, DataParallel, AveragedModel and torch.compile: names have no prefix."""
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel | AveragedModel):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]

@@ -256,6 +256,7 @@ class Pruning:
         self._update([group for group in waiting if group.is_due(now) and group.ready(now)], now)
 
     def _update(self, groups: list[MaskGroup], now: int) -> None:
+        self._check_model()
         assert self.model is not None
         reshard(self.model)
         for group in groups:
@@ -335,6 +336,19 @@ class Pruning:
     def _check_built(self, what: str) -> None:
         if not self.groups:
             raise RuntimeError(f"{what}: there are no masks yet; call on_train_begin or attach first")
+        self._check_model()
+
+    def _check_model(self) -> None:
+        """The layers that carry masks are still the model's layers."""
+        assert self.model is not None
+        modules = dict(unwrap(self.model).named_modules(remove_duplicate=False))
+        for group in self.groups:
+            for weight in group.weights:
+                if modules.get(weight.target.layer) is not weight.target.module:
+                    raise RuntimeError(
+                        f"{weight.target.layer}: this layer was replaced or removed under the pruner; change the model "
+                        "first, then call on_train_begin"
+                    )
 
     def state_dict(self) -> dict[str, Any]:
         """Masks (bits), scores, clock and configuration: tensors and plain data."""

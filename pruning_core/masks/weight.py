@@ -29,6 +29,7 @@ class MaskedWeight:
         self.target, self.options = target, options
         self.pattern = parse_pattern("1x1") if options.kind == LOCK else options.parsed_pattern  # no units to respect
         self.place: Place = place(target.name, target.parameter, target.layout, self.pattern)
+        self.parameter = target.parameter
         here = local(target.parameter)
         self.shape = tuple(here.shape)
         self.keep = torch.full_like(here, -1, dtype=torch.int8, requires_grad=False)
@@ -45,12 +46,13 @@ class MaskedWeight:
         return self.target.parameter.numel()
 
     def weight(self) -> Tensor:
-        """The weight stored here, without autograd but with its version counter; checks that it is still the same."""
-        here = local(self.target.parameter.detach())
-        if tuple(here.shape) != self.shape:
+        """The weight stored here, without autograd but with its version counter."""
+        parameter = self.target.parameter
+        here = local(parameter.detach())
+        if parameter is not self.parameter or tuple(here.shape) != self.shape:
             raise RuntimeError(
-                f"{self.target.name}: the weight changed from {self.shape} to {tuple(here.shape)} under the pruner; "
-                "change and shard the model first, then call on_train_begin"
+                f"{self.target.name}: the parameter changed under the pruner, from shape {self.shape} to "
+                f"{tuple(here.shape)} or to another object; change, convert and shard the model first, then begin"
             )
         if here.device != self.keep.device:
             self._move(here.device)
