@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from pruning_core import checkpoint
 from pruning_core.checkpoint import CheckpointError
@@ -28,6 +29,8 @@ def inspect(path: str | Path) -> Report:
     if model is None:
         known = ", ".join(MODEL_KEYS)
         raise CheckpointError(f"{path}: holds no model weights; save a state_dict itself or under one of: {known}")
+    if any(isinstance(value, DTensor) for value in model.values()):
+        raise CheckpointError(f"{path}: holds one rank's slices of sharded weights; inspect a full state dict instead")
     if pruner is None:
         return report_of_saved(model, None)
     try:

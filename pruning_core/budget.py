@@ -39,7 +39,8 @@ class Ranked:
     ``scores`` gives the flat float32 scores of the units that this rank owns, in index order; it is called once per
     digit, so that only one layer's scores are in memory at a time. Units that are cut already score ``-inf``.
     ``sizes``: weights per unit, one number or a flat int64 tensor beside the scores. ``weights``: the layer's size.
-    ``capacity``: how many of its weights the units hold in all, over all ranks.
+    ``capacity``: how many of its weights the units hold in all, over all ranks. ``largest``: the size of a whole unit,
+    when another rank may hold larger ones than this.
     """
 
     name: str
@@ -47,11 +48,14 @@ class Ranked:
     sizes: int | Tensor
     weights: int
     capacity: int
+    largest: int = 0
 
     @property
     def unit(self) -> int:
         """The size of a (whole) unit."""
-        return self.sizes if isinstance(self.sizes, int) else int(self.sizes.max()) if self.sizes.numel() else 1
+        if isinstance(self.sizes, int):
+            return self.sizes
+        return self.largest or (int(self.sizes.max()) if self.sizes.numel() else 1)
 
 
 def share_of(ratio: float, weights: int) -> int:

@@ -102,25 +102,38 @@ class Report:
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
-        """A bar per layer: the share of zeros reached, and a mark at what was asked."""
-        from matplotlib.figure import Figure
+        """A bar per layer: the share of zeros reached, and a line at what was asked of the layer's group."""
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("plot: needs matplotlib; pip install matplotlib") from error
 
         rows = [layer for group in self.groups for layer in group.layers] + list(self.dense)
-        figure = Figure(figsize=(8, 1.5 + 0.24 * max(len(rows), 1)), layout="constrained")
+        figure = Figure(figsize=(8, min(1.4 + 0.2 * (len(rows) + len(self.groups)), 500)), layout="constrained")
         axes = figure.subplots()
-        positions = range(len(rows))
-        colors = [color for i, group in enumerate(self.groups) for color in [f"C{i % 9}"] * len(group.layers)]
-        colors += ["0.75"] * len(self.dense)
-        axes.barh(positions, [row.reached for row in rows], color=colors, height=0.7)
-        for position, row in zip(positions, rows, strict=True):
-            if row.asked is not None:
-                axes.plot([row.asked] * 2, [position - 0.4, position + 0.4], color="black", linewidth=1.5)
-        axes.set_yticks(positions, [row.name for row in rows], fontsize=7)
-        axes.invert_yaxis()
+        axes.barh(range(len(rows)), [1] * len(rows), color="0.95", height=0.8)
+        first = 0
+        for i, group in enumerate(self.groups):
+            here, label = range(first, first + len(group.layers)), f"{group.title}; asked {group.asked:.1%} (line)"
+            axes.barh(here, [row.reached for row in group.layers], color=f"C{i % 9}", height=0.8, label=label)
+            axes.vlines(group.asked, first - 0.45, here.stop - 0.55, color="black", linewidth=1.2)
+            first = here.stop
+        dense = [row.reached for row in self.dense]
+        if dense:
+            label = "left dense" if self.groups else "weights"
+            axes.barh(range(first, len(rows)), dense, color="0.6", height=0.8, label=label)
+        for position, row in enumerate(rows):
+            axes.annotate(f"{row.reached:.1%}", (1.01, position), va="center", fontsize=6, annotation_clip=False)
+        axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=7)
+        axes.set_ylim(max(len(rows), 1) - 0.4, -0.6)
         axes.set_xlim(0, 1)
-        axes.set_xlabel("share of zeros; black mark: asked of the layer's group, grey: left dense")
+        axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        axes.tick_params(length=0, labelsize=7)
+        axes.spines[:].set_visible(False)
         axes.set_title(f"{self.sparsity:.1%} of {self.parameters:,} parameters are zero", fontsize=10)
-        kind = Path(path).suffix.lstrip(".") or "png"
+        if rows:
+            figure.legend(loc="outside lower left", fontsize=7, frameon=False)
+        kind = Path(path).suffix.lstrip(".").lower() or "png"
         write_atomically(path, lambda file: figure.savefig(file, format=kind, dpi=120))
 
 
@@ -131,8 +144,7 @@ def _plain(metric: Any) -> Any:
     if isinstance(metric, list | tuple):
         return [_plain(each) for each in metric]
     if hasattr(metric, "tolist"):  # tensors, arrays and NumPy scalars
-        metric = metric.tolist()
-        return _plain(metric) if isinstance(metric, list) else metric
+        return _plain(metric.tolist())
     return metric if isinstance(metric, str | int | float | None) else str(metric)
 
 

@@ -89,6 +89,12 @@ def is_transformers_conv1d(module: nn.Module) -> bool:
     return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
 
 
+def kind_of(module: nn.Module) -> str:
+    """The name of its class; the class that ``fully_shard`` puts before it does not count."""
+    first, *others = (each.__name__ for each in type(module).__mro__)
+    return others[1] if others[0] == "FSDPModule" else first
+
+
 def family(module: nn.Module) -> str | None:
     """ "Conv", "Linear", or None for a module without weights that can be pruned."""
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -147,7 +153,7 @@ class Selector:
     def candidates(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for layer, module in model.named_modules():
             kind = family(module)
-            if kind is not None and (kind in self.op_types or type(module).__name__ in self.op_types):
+            if kind is not None and (kind in self.op_types or kind_of(module) in self.op_types):
                 yield layer, module
 
     def select(self, model: nn.Module) -> tuple[list[Target], list[Spared]]:
@@ -159,7 +165,7 @@ class Selector:
         targets: list[Target] = []
         spared: list[Spared] = []
         for layer, module in candidates:
-            kind = type(module).__name__
+            kind = kind_of(module)
             if self.op_names and not any(re.search(pattern, layer) for pattern in self.op_names):
                 spared.append(Spared(layer, kind, "not among op_names"))
                 continue
@@ -181,7 +187,7 @@ class Selector:
         """Leaves a layer dense and says so; refuses where the layer was asked for by name."""
         if self.names_explicitly(target.layer):
             raise ValueError(f"{self.where}: {target.layer} cannot be pruned: {reason}; take it out of op_names")
-        spared.append(Spared(target.layer, type(target.module).__name__, reason))
+        spared.append(Spared(target.layer, kind_of(target.module), reason))
 
     def names_explicitly(self, layer: str) -> bool:
         """True when an op_names entry means this one layer: its whole name, anchored or not."""
@@ -189,8 +195,8 @@ class Selector:
         return any(layer in (name, re.sub(r"\\(\W)", r"\1", name)) for name in names)
 
     def _check_types(self, model: nn.Module) -> None:
-        present = {type(module).__name__ for module in model.modules()}
-        prunable = {type(module).__name__ for module in model.modules() if family(module)}
+        present = {kind_of(module) for module in model.modules()}
+        prunable = {kind_of(module) for module in model.modules() if family(module)}
         for i, kind in enumerate(self.op_types):
             if kind in FAMILIES or kind in CLASSES or kind in prunable:
                 continue

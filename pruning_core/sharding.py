@@ -6,7 +6,7 @@ first weight; for such units alone, partial scores and then verdicts are summed 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -28,6 +28,7 @@ class Group:
         self.handle = handle
         self.rank = dist.get_rank(handle)
         self.size = dist.get_world_size(handle)
+        self.members = dist.get_process_group_ranks(handle)
 
     def sum_(self, x: Tensor) -> Tensor:
         dist.all_reduce(x, group=self.handle)
@@ -55,6 +56,14 @@ def reshard(model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def shard_groups(parameter: Tensor) -> list[Group]:
+    """The ranks over which a parameter is spread, however: one entry per mesh axis, none for an ordinary tensor."""
+    if not isinstance(parameter, DTensor):
+        return []
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return [Group(mesh.get_group(axis)) for axis, each in enumerate(placements) if not isinstance(each, Replicate)]
 
 
 def shard_group(name: str, parameter: Tensor) -> Group | None:
@@ -126,8 +135,27 @@ def place(name: str, parameter: Tensor, layout: Layout, pattern: Pattern) -> Pla
     first, end = bounds[group.rank]
     here, start = list(whole), [0, 0, 0, 0]
     here[axis], start[axis] = end - first, first if first < end else 0
-    region = Region(tuple(whole), extents, tuple(here), tuple(start))
-    return Place(Layout(in_first=layout.in_first), region, Slice(group, axis, bounds))
+    region, piece = Region(tuple(whole), extents, tuple(here), tuple(start)), Slice(group, axis, bounds)
+    if not pattern.folds_linearly and piece.crossing(extents[axis]):
+        raise ValueError(
+            f"{name}: under fully_shard the {chunk} rows of a rank must be a multiple of {extents[axis]}, got pattern "
+            f"{pattern}; exclude the layer or choose another pattern"
+        )
+    return Place(Layout(in_first=layout.in_first), region, piece)
+
+
+def common_group(where: str, places: Mapping[str, Place]) -> Group | None:
+    """The ranks that hold slices of all these weights, None when all are whole; ValueError for a mixture."""
+    groups = {name: each.slice.group if each.slice else None for name, each in places.items()}
+    holders = {name: f"over ranks {group.members}" if group else "whole" for name, group in groups.items()}
+    first = next(iter(holders))
+    for name, held in holders.items():
+        if held != holders[first]:
+            raise ValueError(
+                f"{where}: all weights of a pruner must be sharded alike, got {first} {holders[first]} and {name} "
+                f"{held}; call fully_shard on the whole model, or give them separate pruners"
+            )
+    return groups[first]
 
 
 def agree(grids: Sequence[Tensor], places: Sequence[Place], operation: Literal["sum", "max"]) -> None:

@@ -86,6 +86,16 @@ def halved() -> nn.Module:
     return model
 
 
+def tied() -> nn.Module:
+    """Few different weights, powers of 2: most units tie, exactly."""
+    model = Zoo()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.125 * parameter.sign())
+            parameter[: len(parameter) // 4] = 0.25
+    return model
+
+
 def layers(*sizes: int) -> nn.Sequential:
     """Layers 0, 1 ... of these sizes: ``layers(8, 3, 2)`` is Linear(8, 3), tanh, Linear(3, 2)."""
     modules: list[nn.Module] = []
@@ -96,6 +106,16 @@ def layers(*sizes: int) -> nn.Sequential:
 
 small = partial(layers, 16, 12, 10, 2)
 few_rows = partial(layers, 8, 5, 3, 2, 1)  # on 3 ranks: units over all ranks, ranks with one row or none
+
+
+def lopsided() -> nn.Module:
+    """With 4x1, the lowest: 6 of the 8 units of layer 0, its 8 edge units of one weight each, layer 4."""
+    model = few_rows()
+    with torch.no_grad():
+        model[0].weight[:4, :6] *= 0.001
+        model[0].weight[4] *= 0.01
+        model[4].weight *= 0.001
+    return model
 
 
 @dataclass(frozen=True)
@@ -135,18 +155,29 @@ ON_3 = {f"3 ranks {name}": ON_2[name] for name in ON_2 if "snip_momentum local" 
 ON_3 |= {
     f"few rows {name}": Case(case.options, few_rows, case.explicit)
     for name, case in ON_2.items()
-    if ("snip_momentum" in name or "max" in name) and "2:4" not in name
+    if ("snip_momentum global" in name or "max" in name) and "2:4" not in name
 }
 ON_3 |= {
     f"few rows {pattern} at the limit": Case(
-        {**PLAN, "pattern": pattern, "max_sparsity_ratio_per_op": 0.65, "target_sparsity": 0.5}, few_rows
+        {**PLAN, "pattern": pattern, "pruning_type": "magnitude", "max_sparsity_ratio_per_op": 0.6}, lopsided
     )
     for pattern in ("4x1", "2x3", "3x2")
 }
 
+ONCE = {"pruning_type": "magnitude", "criterion_reduce_type": "sum", "target_sparsity": 0.5}
+TIES = {
+    f"ties {pattern} {scope}": Case({**ONCE, "pattern": pattern, "pruning_scope": scope}, tied, steps=1)
+    for pattern in ("1x1", "4x1", "2:4", "channelx1")
+    for scope in ("global", "local")
+}
+ON_2 |= TIES
+ON_3 |= {f"3 ranks {name}": case for name, case in TIES.items() if "2:4" not in name}
+
 LASSO = Case({**PLAN, "pattern": "4x1", "reg_type": "group_lasso", "reg_coeff": 0.02})
 LASSOS = {f"lasso {pattern}": LASSO.but(pattern=pattern) for pattern in ("4x1", "2x3", "1xchannel", "channelx1")}
 HYBRID = ON_2["4x1 snip_momentum global"]
+SPARED = Case({**PLAN, "op_names": ["^2$"], "pattern": "4x1"}, small)
+EACH = HYBRID.but(pruning_op_types=["Linear", "Conv2d", "ConvTranspose2d", "Conv1D"])
 LATE = Case({**PLAN, "pruning_type": "magnitude"}, explicit=True)
 SKIPPING = Case({**PLAN, "pattern": "4x1"}, explicit=True)
 SKIPPED = 3
@@ -237,13 +268,13 @@ def result_of(case: Case, **how: Any) -> dict[str, Any]:
 
 def reference(name: str) -> dict[str, Any]:
     """The same in one process, unsharded."""
-    cases = {**ON_2, **ON_3, **LASSOS, "hybrid": HYBRID, "late": LATE, **DDP}
+    cases = {**ON_2, **ON_3, **LASSOS, "hybrid": HYBRID, "each": EACH, "spared": SPARED, "late": LATE, **DDP}
     if name == "skipping":
         return Training(SKIPPING).begin().run(step for step in range(SKIPPING.steps) if step != SKIPPED).result()
     return result_of(cases[name])
 
 
-REFERENCES = {"two": [*ON_2, *LASSOS, "hybrid", "late", "skipping", *DDP], "three": [*ON_3]}
+REFERENCES = {"two": [*ON_2, *LASSOS, "hybrid", "each", "spared", "late", "skipping", *DDP], "three": [*ON_3]}
 
 
 # ---- scenarios -------------------------------------------------------------------------------------------------------
@@ -255,9 +286,20 @@ def shard(model: nn.Module, mesh_shape: tuple[int, ...] | None = None) -> nn.Mod
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     for module in model.children():
         if isinstance(module, Attend):
-            fully_shard(module.attention, mesh=mesh)
             fully_shard(module, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def shard_each(model: nn.Module) -> nn.Module:
+    """Also every single layer, which gives it a class of its own."""
+    for module in model.children():
+        fully_shard(module)
+    return fully_shard(model)
+
+
+def shard_spared_by_columns(model: nn.Module) -> nn.Module:
+    """Weights that are not pruned may be sharded in any way."""
+    return fully_shard(model, shard_placement_fn=lambda p: Shard(1) if p.shape == (12, 16) else None)
 
 
 def shard_summing(model: nn.Module) -> nn.Module:
@@ -274,6 +316,9 @@ def sharded() -> Results:
         yield name, result_of(case, wrap=shard)
     for shape in ((1, 2), (2, 1)):
         yield f"hybrid {shape}", result_of(HYBRID, wrap=partial(shard, mesh_shape=shape))
+
+    yield "each", result_of(EACH, wrap=shard_each)
+    yield "spared", result_of(SPARED, wrap=shard_spared_by_columns)
 
 
 def sharded_on_three() -> Results:
@@ -302,7 +347,7 @@ def data_parallel() -> Results:
 
 def _spoil_gradient(training: Training) -> None:
     gradient = training.bare[2].weight.grad
-    gradient.copy_(gradient.flip(0))
+    gradient.copy_(gradient.flip(0) * 100)
 
 
 def _spoil_weight(training: Training) -> None:
@@ -394,6 +439,32 @@ def non_finite() -> Results:
     yield "skipping", {"before": before, "after": after, **training.result()}
 
 
+def scaled() -> Results:
+    """A GradScaler skips step 3, where a gradient that rank 1 alone holds overflows."""
+    for fused in (False, True):
+        for explicit in (False, True):
+            training = Training(Case({**PLAN, "pattern": "4x1"}, small, explicit), wrap=shard)
+            training.optimizer = torch.optim.AdamW(training.model.parameters(), fused=fused)
+            training.begin()
+            scaler, steps = torch.amp.GradScaler("cpu", init_scale=64.0), []
+            for step in range(6):
+                training.optimizer.zero_grad()
+                if explicit:
+                    training.pruner.on_step_begin()
+                scaler.scale(training.loss(step)).backward()
+                if step == 3 and dist.get_rank() == 1:
+                    local(training.bare[0].weight.grad)[0, 0] = torch.inf
+                if explicit:
+                    scaler.unscale_(training.optimizer)
+                    training.pruner.on_before_optimizer_step()
+                scaler.step(training.optimizer)
+                scaler.update()
+                if explicit:
+                    training.pruner.on_after_optimizer_step()
+                steps.append(training.pruner.step)
+            yield f"scaler {fused=} {explicit=}", {"steps": steps, **training.result()}
+
+
 def _resumable(name: str) -> tuple[Case, Callable[[nn.Module], nn.Module], int]:
     kind, run = name.split()
     return RESUMED[run], *((shard, 0) if kind == "fsdp" else (DistributedDataParallel, dist.get_rank()))
@@ -460,7 +531,16 @@ def loaded_on_three(folder: Path) -> Results:
 
 def stage(name: str, folder: Path) -> Results:
     if name == "two":
-        for scenario in (sharded, evaluated_in_between, data_parallel, diverged, bytes_sent, non_finite, refused):
+        for scenario in (
+            sharded,
+            evaluated_in_between,
+            data_parallel,
+            diverged,
+            bytes_sent,
+            non_finite,
+            scaled,
+            refused,
+        ):
             yield from scenario()
         yield from uninterrupted(folder)
     elif name == "three":

@@ -417,6 +417,9 @@ def zoo() -> nn.Module:
     return named(**layers, mine=MyLinear(4, 4), attn=attention(), other=attention(kdim=5, vdim=6))
 
 
+OWN_SIZES = ["other.q_proj_weight", "other.k_proj_weight", "other.v_proj_weight"]
+
+
 def of_types(*types: str) -> list[str]:
     return [name.removesuffix(".weight") for name in selected(zoo(), pruning_op_types=list(types))]
 
@@ -426,9 +429,8 @@ def test_conv_is_every_convolution():
 
 
 def test_linear_is_every_linear_layer_attention_and_conv1d_of_transformers():
-    attn = ["attn.in_proj_weight", "attn.out_proj"]
-    other = ["other.q_proj_weight", "other.k_proj_weight", "other.v_proj_weight", "other.out_proj"]
-    assert of_types("Linear") == ["Linear", "Conv1D", "mine", *attn, *other]
+    attention = ["attn.in_proj_weight", "attn.out_proj", *OWN_SIZES, "other.out_proj"]
+    assert of_types("Linear") == ["Linear", "Conv1D", "mine", *attention]
     assert sorted(of_types("Conv", "Linear")) == sorted(of_types("Conv") + of_types("Linear"))
 
 
@@ -440,13 +442,12 @@ def test_linear_is_every_linear_layer_attention_and_conv1d_of_transformers():
         (["Conv3d", "ConvTranspose3d"], ["Conv3d", "Conv3d_grouped", "ConvTranspose3d"]),
         (["Conv1D"], ["Conv1D"]),
         (["MyLinear"], ["mine"]),
-        (["MultiheadAttention", "MyLinear"], ["mine", "attn.in_proj_weight"]),
+        (["MultiheadAttention", "MyLinear"], ["mine", "attn.in_proj_weight", *OWN_SIZES]),
         (["NonDynamicallyQuantizableLinear"], ["attn.out_proj", "other.out_proj"]),
     ],
 )
 def test_the_name_of_a_class_is_exactly_that_class(types, expected):
-    found = of_types(*types)
-    assert [name for name in found if not name.startswith("other.") or name in expected] == expected
+    assert of_types(*types) == expected
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pruning_core.masks.basic import MaskGroup
+from pruning_core.masks.progressive import ProgressiveGroup
 from pruning_core.masks.weight import MaskedWeight, checksum
 from pruning_core.sharding import local
 
@@ -24,11 +25,11 @@ def non_finite(gradients: Sequence[Tensor], groups: Sequence[MaskGroup]) -> Tens
         values = values._values() if values.is_sparse else values
         wide = torch.promote_types(values.dtype, torch.float32)
         sums.append(values.sum(dtype=wide))
-    if not sums:
-        return torch.tensor(False)
-    device = sums[0].device
-    flag = ~torch.stack([each.float().to(device) for each in sums]).isfinite().all()
     ranks = next((group.ranks for group in groups if group.ranks is not None), None)
+    device = sums[0].device if sums else groups[0].weights[0].keep.device
+    flag = torch.tensor(False, device=device)
+    if sums:
+        flag = ~torch.stack([each.float().to(device) for each in sums]).isfinite().all()
     return flag if ranks is None else ranks.max_(flag.to(torch.int32)) != 0
 
 
@@ -40,7 +41,7 @@ def compare_ranks(groups: Sequence[MaskGroup], now: int, repair: bool) -> None:
     if not weights:
         return
     device = weights[0].keep.device
-    sums = torch.tensor([checksum(weight.keep) for weight in weights], dtype=torch.int64, device=device)
+    sums = torch.tensor([_checksum(weight) for weight in weights], dtype=torch.int64, device=device)
     rows = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, sums)
     differs = (torch.stack(rows) != rows[0]).any(0).tolist()
@@ -54,6 +55,16 @@ def compare_ranks(groups: Sequence[MaskGroup], now: int, repair: bool) -> None:
         )
     for weight in wrong:
         _copy_from_first(weight)
+    for group in groups:
+        if wrong and isinstance(group, ProgressiveGroup):
+            doomed = torch.tensor(group.doomed, device=device)
+            dist.broadcast(doomed, 0)
+            group.doomed = doomed.tolist()
+
+
+def _checksum(weight: MaskedWeight) -> int:
+    kept = checksum(weight.keep)
+    return kept if weight.whole_units is weight.keep else kept << 31 ^ checksum(weight.whole_units)
 
 
 def _copy_from_first(weight: MaskedWeight) -> None:

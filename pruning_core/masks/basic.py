@@ -13,7 +13,7 @@ from pruning_core.budget import Ranked, cut_apart, cut_together, limits
 from pruning_core.config import PrunerOptions
 from pruning_core.masks.weight import MaskedWeight, pack, to_plain, unpack
 from pruning_core.selection import Spared
-from pruning_core.sharding import Group, agree
+from pruning_core.sharding import agree, common_group
 
 
 class MaskGroup:
@@ -21,6 +21,7 @@ class MaskGroup:
 
     def __init__(self, where: str, options: PrunerOptions, weights: list[MaskedWeight], spared: list[Spared]) -> None:
         self.where, self.options, self.weights, self.spared = where, options, weights, spared
+        self.ranks = common_group(where, {weight.target.name: weight.place for weight in weights})
         self.table = options.timetable
         self.updated_at = -1
         self.changed = False  # masks changed since the last optimizer step
@@ -29,11 +30,6 @@ class MaskGroup:
     @property
     def total(self) -> int:
         return sum(weight.weights for weight in self.weights)
-
-    @property
-    def ranks(self) -> Group | None:
-        """The ranks that hold slices of these weights."""
-        return next((w.place.slice.group for w in self.weights if w.place.slice is not None), None)
 
     @property
     def done(self) -> bool:
@@ -137,11 +133,12 @@ class MaskGroup:
             for length, extent in zip(region.shape, region.extents, strict=True):
                 units *= -(-length // extent)
             capacity = units * whole if isinstance(whole, int) else int(whole.sum())
+            largest = whole if isinstance(whole, int) else int(whole.max())
             sizes = weight.sizes_here()
             if isinstance(sizes, Tensor):
                 sizes = weight.flat(weight.owned(sizes)).to(weight.keep.device)
             scores = _masked(weight, unit_scores[i]) if unit_scores else _no_scores
-            layers.append(Ranked(weight.target.name, scores, sizes, weight.weights, capacity))
+            layers.append(Ranked(weight.target.name, scores, sizes, weight.weights, capacity, largest))
         return layers
 
     def _verdicts(self, cuts: list[Tensor]) -> list[Tensor]:

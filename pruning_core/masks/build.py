@@ -13,7 +13,7 @@ from pruning_core.masks.basic import MaskGroup
 from pruning_core.masks.pattern_lock import LockedGroup
 from pruning_core.masks.progressive import ProgressiveGroup
 from pruning_core.masks.weight import MaskedWeight
-from pruning_core.selection import Selector, Spared
+from pruning_core.selection import Selector, Spared, kind_of
 
 KINDS: dict[str, type[MaskGroup]] = {"basic": MaskGroup, "progressive": ProgressiveGroup, LOCK: LockedGroup}
 
@@ -33,7 +33,7 @@ def _build(where: str, options: PrunerOptions, model: nn.Module, taken: dict[int
         owner = taken.get(id(target.parameter))
         reason = options.parsed_pattern.unfit(target.layout.shape(target.parameter.shape))
         if owner is not None:
-            spared.append(Spared(target.layer, type(target.module).__name__, f"pruned as {owner}"))
+            spared.append(Spared(target.layer, kind_of(target.module), f"pruned as {owner}"))
         elif reason is not None and options.kind != LOCK:
             selector.spare(target, f"{reason} (pattern {options.pattern})", spared)
         else:

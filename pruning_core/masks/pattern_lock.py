@@ -28,9 +28,10 @@ class LockedGroup(MaskGroup):
         """Nothing is cut, so every limit holds."""
 
     def share(self, now: int) -> float:
-        zeros = sum(int((weight.keep == 0).sum()) for weight in self.weights)
-        here = sum(weight.keep.numel() for weight in self.weights)
-        return zeros / here if here else 0.0
+        zeros = torch.tensor(sum(int((weight.keep == 0).sum()) for weight in self.weights))
+        if self.ranks is not None:
+            self.ranks.sum_(zeros := zeros.to(self.weights[0].keep.device))
+        return int(zeros) / max(self.total, 1)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from pruning_core.config import LOCK, PrunerOptions, WeightPruningConfig
 from pruning_core.masks.basic import MaskGroup
 from pruning_core.report import GroupRow, LayerRow, Report
-from pruning_core.selection import Spared
-from pruning_core.sharding import local, shard_group
+from pruning_core.selection import Spared, kind_of
+from pruning_core.sharding import local, shard_groups
 
 
 def title(where: str, options: PrunerOptions) -> str:
@@ -35,12 +35,12 @@ def report_of(model: nn.Module, groups: Sequence[MaskGroup], step: int, metrics:
         layers = []
         for weight, zeros in zip(group.weights, counts.tolist(), strict=True):
             target = weight.target
-            shape, kind = tuple(target.parameter.shape), type(target.module).__name__
+            shape, kind = tuple(target.parameter.shape), kind_of(target.module)
             layers.append(LayerRow(target.name, kind, shape, weight.weights, zeros, group.options.pattern, share))
         target_share = share if group.options.kind == LOCK else group.options.target_sparsity
         rows.append(GroupRow(title(group.where, group.options), target_share, share, tuple(layers)))
     state = dict(model.named_parameters())
-    zeros = sum(_zeros(name, parameter) for name, parameter in state.items())
+    zeros = sum(_zeros(parameter) for parameter in state.values())
     dense = _dense({row.name for group in rows for row in group.layers}, [g.spared for g in groups], state)
     return Report(step, tuple(rows), dense, sum(p.numel() for p in state.values()), zeros, dict(metrics))
 
@@ -53,7 +53,7 @@ def report_of_saved(model: Mapping[str, Any], pruner: Mapping[str, Any] | None) 
         asked = _asked(options, group)
         names = [name for name in group["weights"] if name in state]
         layers = tuple(
-            LayerRow(n, "", tuple(state[n].shape), state[n].numel(), _zeros(n, state[n]), options.pattern, asked)
+            LayerRow(n, "", tuple(state[n].shape), state[n].numel(), _zeros(state[n]), options.pattern, asked)
             for n in names
         )
         target = options.target_sparsity if asked is not None and options.kind != LOCK else asked
@@ -62,7 +62,7 @@ def report_of_saved(model: Mapping[str, Any], pruner: Mapping[str, Any] | None) 
     dense = _dense({row.name for group in rows for row in group.layers}, spared, state, everything=not rows)
     step = min(clock["now"] for clock in pruner["clocks"]) if pruner else None
     once = _once(state)
-    zeros = sum(_zeros(name, value) for name, value in once.items())
+    zeros = sum(_zeros(value) for value in once.values())
     return Report(step, tuple(rows), dense, sum(value.numel() for value in once.values()), zeros)
 
 
@@ -85,14 +85,14 @@ def _once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _groups(pruner: Mapping[str, Any] | None) -> list[tuple[PrunerOptions, Any]]:
     if pruner is None:
         return []
-    return list(zip(WeightPruningConfig(pruner["config"]).pruners, pruner["groups"], strict=True))
+    return list(zip(WeightPruningConfig(dict(pruner["config"])).pruners, pruner["groups"], strict=True))
 
 
 def _asked(options: PrunerOptions, group: Mapping[str, Any]) -> float:
     if options.kind == LOCK:
         kept = sum(int(torch.count_nonzero(_bits(each["keep"]))) for each in group["weights"].values())
         total = sum(torch.Size(each["shape"]).numel() for each in group["weights"].values())
-        return 1 - kept / total if total else 0.0
+        return (total - kept) / total if total else 0.0
     return options.timetable.share(group["updated_at"]) if group["updated_at"] >= 0 else 0.0
 
 
@@ -100,11 +100,12 @@ def _bits(packed: Tensor) -> Tensor:
     return packed.unsqueeze(-1).bitwise_and(torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8))
 
 
-def _zeros(name: str, tensor: Tensor) -> int:
+def _zeros(tensor: Tensor) -> int:
     here = local(tensor.detach())
     zeros = here.numel() - torch.count_nonzero(here)
-    group = shard_group(name, tensor)
-    return int(zeros if group is None else group.sum_(zeros))
+    for group in shard_groups(tensor):
+        zeros = group.sum_(zeros)
+    return int(zeros)
 
 
 def _dense(
@@ -119,6 +120,6 @@ def _dense(
             continue
         each = reasons.get(layer, Spared(layer, "", ""))
         if "weight" in attribute:
-            row = LayerRow(name, each.kind, tuple(tensor.shape), tensor.numel(), _zeros(name, tensor), note=each.reason)
+            row = LayerRow(name, each.kind, tuple(tensor.shape), tensor.numel(), _zeros(tensor), note=each.reason)
             rows.append(row)
     return tuple(rows)
