@@ -1,4 +1,4 @@
-"""Every option, declared once. YAML, dicts, keyword arguments and docs/configuration.md all come from here.
+"""Where options come from: YAML, dicts, keyword arguments, and Neural Compressor's spellings of them.
 
 Local options win over global ones, and both over the defaults. Everything is checked when a configuration is built;
 the caller's dicts are never changed.
@@ -6,193 +6,16 @@ the caller's dicts are never changed.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from numbers import Integral
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ValidationError
 
-from pruning_core.criteria import CRITERIA, Criterion
-from pruning_core.patterns import Pattern, parse_pattern
+from pruning_core.options import PrunerOptions, shown
+from pruning_core.patterns import parse_pattern
 from pruning_core.registry import did_you_mean
-from pruning_core.schedules import SCHEDULES, Timetable
 from pruning_core.yaml_file import read_mapping
-
-PROGRESSIVE = "_progressive"
-LOCK = "pattern_lock"
-
-
-def _shown(value: object) -> str:
-    """``repr`` on one line of bearable length."""
-    text = repr(value)
-    text = " ".join(text.split()) if "\n" in text else text
-    return text if len(text) <= 120 else text[:100] + " ... " + text[-15:]
-
-
-def _whole(value: object) -> object:
-    """Integers of any library, never 2.5 and never True."""
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        return int(value)
-    raise ValueError(f"must be a whole number, got {_shown(value)}")
-
-
-def _names(value: object) -> object:
-    if isinstance(value, str):
-        raise ValueError(f"must be a list of names, got {_shown(value)}; write [{_shown(value)}]")
-    if not isinstance(value, list | tuple):  # a set has no order, a generator runs dry
-        raise ValueError(f"must be a list of names, got {_shown(value)}")
-    return list(value)
-
-
-def _regular_expressions(value: list[str]) -> list[str]:
-    for pattern in value:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            hint = "escape it with re.escape"
-            raise ValueError(f"not a regular expression ({error}), got {_shown(pattern)}; {hint}") from None
-    return value
-
-
-Step = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
-Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
-Ratio = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Names = Annotated[list[str], BeforeValidator(_names)]
-
-
-class PrunerOptions(BaseModel):
-    """The options of one pruner: a group of layers that is ranked together."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    target_sparsity: Annotated[Ratio, Field(description="share of zeros at `end_step`; for N:M patterns 1 - N/M")] = 0.8
-    pruning_type: Annotated[
-        str, Field(description="a criterion, a criterion + `_progressive`, or `pattern_lock` (today's zeros stay)")
-    ] = "snip_momentum"
-    pattern: Annotated[
-        str, Field(description="`NxM` blocks (N output by M input channels), `1xchannel`, `channelx1`, or `N:M`")
-    ] = "4x1"
-    op_names: Annotated[Names, Field(description="regular expressions (`re.search`); empty: all layers")] = []
-    excluded_op_names: Annotated[Names, Field(description="regular expressions of layers that stay dense")] = []
-    extra_excluded_op_names: Annotated[Names, Field(description="excluded as well, on top of `excluded_op_names`")] = []
-    pruning_op_types: Annotated[
-        Names, Field(description="`Conv` (every convolution), `Linear`, or exact class names", min_length=1)
-    ] = ["Conv", "Linear"]
-    start_step: Annotated[Step, Field(description="optimizer step of the first mask change")] = 0
-    end_step: Annotated[Step, Field(description="step at which the target is reached; `start_step`: one-shot")] = 0
-    pruning_frequency: Annotated[Positive, Field(description="steps between two mask changes")] = 1
-    sparsity_decay_type: Annotated[str, Field(description="the schedule between the two steps")] = "exp"
-    pruning_scope: Annotated[
-        Literal["global", "local"], Field(description="rank all layers together, or each by itself")
-    ] = "global"
-    min_sparsity_ratio_per_op: Annotated[Ratio, Field(description="each layer reaches at least this (global)")] = 0.0
-    max_sparsity_ratio_per_op: Annotated[Ratio, Field(description="no layer exceeds this")] = 0.98
-    criterion_reduce_type: Annotated[
-        Literal["mean", "sum", "max"], Field(description="how the scores of a unit become one score")
-    ] = "mean"
-    momentum_decay: Annotated[float, Field(gt=0, le=1, description="a in `S = a S + b |w g|` (snip_momentum)")] = 1.0
-    momentum_gain: Annotated[float, Field(gt=0, allow_inf_nan=False, description="b in `S = a S + b |w g|`")] = 0.9
-    progressive_steps: Annotated[Positive, Field(description="portions between two mask changes (progressive)")] = 4
-    progressive_type: Annotated[
-        Literal["scores", "linear"], Field(description="order inside doomed units: lowest score first, or by position")
-    ] = "scores"
-    reg_type: Annotated[Literal["group_lasso"] | None, Field(description="shrinks whole units while pruning")] = None
-    reg_coeff: Annotated[float, Field(ge=0, allow_inf_nan=False, description="its strength")] = 0.0
-
-    @field_validator("op_names", "excluded_op_names", "extra_excluded_op_names")
-    @classmethod
-    def _compile(cls, value: list[str]) -> list[str]:
-        return _regular_expressions(value)
-
-    @field_validator("pattern")
-    @classmethod
-    def _parse(cls, value: str) -> str:
-        return str(parse_pattern(value))
-
-    @field_validator("pruning_type")
-    @classmethod
-    def _known_type(cls, value: str) -> str:
-        if value != LOCK and value.removesuffix(PROGRESSIVE) not in CRITERIA:
-            known = [*CRITERIA, *(name + PROGRESSIVE for name in CRITERIA), LOCK]
-            raise ValueError(f"unknown pruning type, got {_shown(value)}; {did_you_mean(value, known)}")
-        return value
-
-    @field_validator("sparsity_decay_type")
-    @classmethod
-    def _known_schedule(cls, value: str) -> str:
-        SCHEDULES[value]
-        return value
-
-    @model_validator(mode="after")
-    def _pairs(self) -> Self:
-        wrong = self._impossible()
-        if wrong:
-            raise ValueError("\n".join(f"{option}: {problem}" for option, problem in wrong))
-        return self
-
-    def _impossible(self) -> list[tuple[str, str]]:
-        """(option, what is wrong) for every pair of options that cannot both hold."""
-        wrong = []
-        if self.start_step > self.end_step:
-            wrong.append(("end_step", f"must not lie before start_step {self.start_step}, got {self.end_step}"))
-        if self.min_sparsity_ratio_per_op > self.max_sparsity_ratio_per_op:
-            low = self.min_sparsity_ratio_per_op
-            wrong.append(
-                ("max_sparsity_ratio_per_op", f"below the minimum {low}, got {self.max_sparsity_ratio_per_op}")
-            )
-        if self.kind == LOCK:
-            if self.start_step != self.end_step:
-                problem = f"pattern_lock has no schedule, got {self.end_step}; set it to start_step {self.start_step}"
-                wrong.append(("end_step", problem))
-            return wrong
-        highest = self.parsed_pattern.max_sparsity
-        if self.target_sparsity > highest + 1e-9:
-            problem = f"pattern {self.pattern} allows at most {highest:g}, got {self.target_sparsity}"
-            wrong.append(("target_sparsity", problem + "; lower it or change the pattern"))
-        if self.target_sparsity > self.max_sparsity_ratio_per_op:
-            problem = f"above max_sparsity_ratio_per_op {self.max_sparsity_ratio_per_op}, got {self.target_sparsity}"
-            wrong.append(("target_sparsity", problem + "; raise the maximum or lower the target"))
-        elif self.target_sparsity < self.min_sparsity_ratio_per_op <= self.max_sparsity_ratio_per_op:
-            problem = f"below min_sparsity_ratio_per_op {self.min_sparsity_ratio_per_op}, got {self.target_sparsity}"
-            wrong.append(("target_sparsity", problem + "; lower the minimum or raise the target"))
-        if self.reg_type is None and self.reg_coeff:
-            wrong.append(
-                ("reg_coeff", f"does nothing without reg_type, got {self.reg_coeff}; add reg_type: group_lasso")
-            )
-        if self.reg_type and not self.reg_coeff:
-            wrong.append(("reg_type", "does nothing with reg_coeff 0, got 'group_lasso'; set reg_coeff above 0"))
-        if self.reg_type and not self.parsed_pattern.folds_linearly:
-            wrong.append(("reg_type", f"group_lasso needs blocks or channels, got pattern {self.pattern}; use NxM"))
-        for option in ("momentum_decay", "momentum_gain"):
-            default = type(self).model_fields[option].default
-            if getattr(self, option) != default and not self.criterion.accumulates:
-                wrong.append((option, f"does nothing with {self.pruning_type}, got {getattr(self, option)}; remove it"))
-        return wrong
-
-    @property
-    def kind(self) -> str:
-        """ "basic", "progressive" or "pattern_lock"."""
-        if self.pruning_type == LOCK:
-            return LOCK
-        return "progressive" if self.pruning_type.endswith(PROGRESSIVE) else "basic"
-
-    @cached_property
-    def criterion(self) -> Criterion:
-        name = "magnitude" if self.kind == LOCK else self.pruning_type.removesuffix(PROGRESSIVE)
-        return CRITERIA[name]()
-
-    @cached_property
-    def parsed_pattern(self) -> Pattern:
-        return parse_pattern(self.pattern)
-
-    @cached_property
-    def timetable(self) -> Timetable:
-        schedule = SCHEDULES[self.sparsity_decay_type]()
-        return Timetable(self.start_step, self.end_step, self.pruning_frequency, self.target_sparsity, schedule)
-
 
 ALIASES = {
     "names": "op_names",
@@ -288,18 +111,18 @@ class _Given:
         options = dict(options)
         parameters = options.pop("parameters", {})
         if not isinstance(parameters, Mapping):
-            raise ValueError(f"{where}parameters: must be a mapping, got {_shown(parameters)}; write reg_coeff itself")
+            raise ValueError(f"{where}parameters: must be a mapping, got {shown(parameters)}; write reg_coeff itself")
         items = [(f"{where}{key}", key, value) for key, value in options.items()]
         items += [(f"{where}parameters.{key}", key, value) for key, value in parameters.items()]
         for spelled, key, value in items:
             if key in DROPPED:
-                raise ValueError(f"{spelled}: has no meaning here, got {_shown(value)}; {DROPPED[key]}")
+                raise ValueError(f"{spelled}: has no meaning here, got {shown(value)}; {DROPPED[key]}")
             name = ALIASES.get(key, key)
             if name in seen:
                 raise ValueError(f"{spelled}: is the same option as {seen[name]}, got both; keep one")
             if name not in PrunerOptions.model_fields:
                 hint = did_you_mean(key, PrunerOptions.model_fields)
-                raise ValueError(f"{spelled}: unknown option, got {_shown(value)}; {hint}")
+                raise ValueError(f"{spelled}: unknown option, got {shown(value)}; {hint}")
             seen[name] = key
             self.spelled[name] = spelled
             native[name] = value
@@ -331,7 +154,7 @@ class _Given:
             allowed = message.removeprefix("Input ").replace("should be", "must be")
             if error["type"] == "too_short":
                 allowed = "must have at least one entry"
-            message = f"{'out of range' if 'than' in allowed else 'wrong value'}, got {_shown(value)}; it {allowed}"
+            message = f"{'out of range' if 'than' in allowed else 'wrong value'}, got {shown(value)}; it {allowed}"
         name, *inner = error["loc"]
         suffix = "".join(f"[{i}]" for i in inner if isinstance(i, int))
         return f"{self.spelled.get(name, self.where + name)}{suffix}: {message}"
@@ -376,7 +199,7 @@ def _from_neural_compressor(source: Mapping[str, Any]) -> list[_Given]:
         section = section.get(name)
         if not isinstance(section, Mapping):
             raise ValueError(
-                f"{where[:-1]}: must be a mapping of options, got {_shown(section)}; see docs/configuration.md"
+                f"{where[:-1]}: must be a mapping of options, got {shown(section)}; see docs/configuration.md"
             )
     top = {key: value for key, value in section.items() if key != "pruners"}
     if "pruners" not in section:
@@ -387,20 +210,20 @@ def _from_neural_compressor(source: Mapping[str, Any]) -> list[_Given]:
 def _only(section: Mapping[str, Any], where: str, known: Sequence[str]) -> None:
     for key in section:
         if key not in known:
-            raise ValueError(f"{where}{key}: unknown section, got {_shown(section[key])}; {did_you_mean(key, known)}")
+            raise ValueError(f"{where}{key}: unknown section, got {shown(section[key])}; {did_you_mean(key, known)}")
 
 
 def _from_list(top_where: str, top: Mapping[str, Any], where: str, pruners: Any) -> list[_Given]:
     if not isinstance(pruners, Sequence) or isinstance(pruners, str) or not pruners:
         raise ValueError(
-            f"{where}: must be a list with at least one pruner, got {_shown(pruners)}; write [{{}}] for defaults"
+            f"{where}: must be a list with at least one pruner, got {shown(pruners)}; write [{{}}] for defaults"
         )
     given = []
     for i, local in enumerate(pruners):
         if isinstance(local, PrunerOptions):
             local = local.model_dump(exclude_unset=True)
         if not isinstance(local, Mapping):
-            raise ValueError(f"{where}[{i}]: must be a dict of options, got {_shown(local)}")
+            raise ValueError(f"{where}[{i}]: must be a dict of options, got {shown(local)}")
         given.append(_Given((top_where, top), (f"{where}[{i}].", local)))
     return given
 

@@ -56,10 +56,10 @@ def scaled_run(options, form, *, fused, steps=12, poison=(), dtype=torch.float16
 @pytest.mark.parametrize("form", ["hooks", "attach"])
 def test_skipped_steps_advance_nothing(form, fused, dtype):
     """With three skipped steps among twelve, the run equals one of the nine steps that were made."""
-    model, pruner, done = scaled_run(OPTIONS, form, fused=fused, poison=POISON, dtype=dtype)
+    _, pruner, done = scaled_run(OPTIONS, form, fused=fused, poison=POISON, dtype=dtype)
     assert done == 9
     assert pruner.step == 9
-    clean, clean_pruner, _ = scaled_run(OPTIONS, form, fused=fused, steps=9, dtype=dtype)
+    _, clean_pruner, _ = scaled_run(OPTIONS, form, fused=fused, steps=9, dtype=dtype)
     for name, mask in pruner.masks().items():
         # The loss scale halves at a skip; powers of two change no rounding above the underflow of half precision.
         same = (mask == clean_pruner.masks()[name]).float().mean()

@@ -65,13 +65,12 @@ def test_local_selection_is_a_sort_per_layer(scores, share):
 @settings(max_examples=200, deadline=None)
 @given(st.data(), st.floats(0, 0.95))
 def test_units_of_different_sizes_without_ties(data, share):
-    layers, base = [], 0
-    for _ in range(data.draw(st.integers(1, 4))):
+    layers = []
+    for base in range(data.draw(st.integers(1, 4))):
         n = data.draw(st.integers(1, 20))
         sizes = data.draw(st.one_of(st.integers(1, 9), st.lists(st.integers(1, 9), min_size=n, max_size=n)))
         order = data.draw(st.permutations(range(n)))
         layers.append(layer([float(base + 4 * k) for k in order], sizes))
-        base += 1
     asked = share_of(share, sum(each.weights for each in layers))
     scores = torch.cat([each.scores() for each in layers]).tolist()
     cuts = cut_together(layers, share, 0.0, 1.0)

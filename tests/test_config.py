@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pruning_core import Pruning, WeightPruningConfig
-from pruning_core.config import ALIASES, DROPPED, PrunerOptions, reference
+from pruning_core.config import ALIASES, DROPPED, reference
 from pruning_core.criteria import CRITERIA
+from pruning_core.options import PrunerOptions
 from pruning_core.schedules import SCHEDULES
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"

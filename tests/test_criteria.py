@@ -91,7 +91,7 @@ def test_no_gradient_at_all_is_told_once_and_cuts_nothing():
     pruner = Pruning({"pattern": "1x1"})
     pruner.model = layer
     pruner.on_train_begin()
-    with pytest.warns(UserWarning, match="no pruned weight has a gradient; call on_before_optimizer_step after backward"):
+    with pytest.warns(UserWarning, match="no pruned weight has a gradient; call on_before_optimizer_step"):
         pruner.on_before_optimizer_step()
     pruner.on_after_optimizer_step()
     pruner.on_before_optimizer_step()

@@ -94,7 +94,7 @@ def test_hooks_before_training_begins_say_what_to_do(hook):
 
 
 def test_no_model():
-    with pytest.raises(RuntimeError, match="on_train_begin: no model to prune; set pruner.model = model first"):
+    with pytest.raises(RuntimeError, match=r"on_train_begin: no model to prune; set pruner\.model = model first"):
         Pruning().on_train_begin()
 
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent / "pruning_core"
 FLOORS = [  # a module may import modules of its own floor's number or lower
     {"registry", "yaml_file", "regularizers", "budget", "selection", "checkpoint", "hooks", "distillation", "cost"},
     {"patterns", "criteria", "schedules", "report"},
-    {"config", "sharding"},
+    {"options", "config", "sharding"},
     {"graph"},
     {"masks", "channels", "supernet"},
     {"export"},

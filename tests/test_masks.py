@@ -126,7 +126,7 @@ def test_group_lasso_ends_with_the_schedule():
 def test_group_lasso_under_explicit_hooks_needs_the_optimizer():
     pruner = Pruning({"reg_type": "group_lasso", "reg_coeff": 0.1})
     pruner.model = small_net()
-    with pytest.raises(RuntimeError, match="group_lasso needs the learning rate; set pruner.optimizer first"):
+    with pytest.raises(RuntimeError, match=r"group_lasso needs the learning rate; set pruner\.optimizer first"):
         pruner.on_train_begin()
 
 

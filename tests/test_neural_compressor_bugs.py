@@ -76,7 +76,9 @@ def test_06_layers_that_do_not_divide_are_pruned_too(kind, scope):
         assert (column == 0).all() or (column != 0).all()
 
 
-@pytest.mark.parametrize(("pattern", "share"), [("1:4", 0.75), ("2:8", 0.75), ("1:2", 0.5), ("2:4", 0.5), ("3:4", 0.25)])
+@pytest.mark.parametrize(
+    ("pattern", "share"), [("1:4", 0.75), ("2:8", 0.75), ("1:2", 0.5), ("2:4", 0.5), ("3:4", 0.25)]
+)
 def test_07_n_of_m_is_reported_as_it_is(pattern, share):
     model, pruner = pruned({"pattern": pattern, "end_step": 4}, nn.Sequential(nn.Flatten(), nn.Linear(192, 16)))
     assert pruner.report().groups[0].reached == sparsity(model[1].weight) == share

@@ -43,7 +43,7 @@ pruning:
             prune_domain: "global"
             prune_type: "snip_momentum"
             sparsity_decay_type: "exp"
-"""  # noqa: E501, W291
+"""  # noqa: E501
 
 TEMPLATE = """\
 model = Model()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pruning_core.budget import Ranked, cut_apart, cut_together, limits
-from pruning_core.config import PrunerOptions
 from pruning_core.masks.weight import MaskedWeight, pack, to_plain, unpack
+from pruning_core.options import PrunerOptions
 from pruning_core.selection import Spared
 from pruning_core.sharding import agree, common_group
 

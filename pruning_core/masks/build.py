@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from pruning_core.config import LOCK, PrunerOptions, WeightPruningConfig
+from pruning_core.config import WeightPruningConfig
 from pruning_core.masks.basic import MaskGroup
 from pruning_core.masks.pattern_lock import LockedGroup
 from pruning_core.masks.progressive import ProgressiveGroup
 from pruning_core.masks.weight import MaskedWeight
+from pruning_core.options import LOCK, PrunerOptions
 from pruning_core.selection import Selector, Spared, kind_of
 
 KINDS: dict[str, type[MaskGroup]] = {"basic": MaskGroup, "progressive": ProgressiveGroup, LOCK: LockedGroup}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pruning_core.config import LOCK, WeightPruningConfig
+from pruning_core.config import WeightPruningConfig
 from pruning_core.hooks import Clock, OptimizerHooks, unwrap_optimizer
 from pruning_core.masks.agreement import compare_ranks, non_finite
 from pruning_core.masks.basic import MaskGroup
@@ -20,6 +20,7 @@ from pruning_core.masks.lasso import shrink_
 from pruning_core.masks.report import report_of
 from pruning_core.masks.state import load_state, state_of
 from pruning_core.masks.weight import mask_
+from pruning_core.options import LOCK
 from pruning_core.report import Report
 from pruning_core.selection import unwrap
 from pruning_core.sharding import local, reshard

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from pruning_core.config import PrunerOptions
 from pruning_core.masks.basic import MaskGroup
 from pruning_core.masks.weight import MaskedWeight
+from pruning_core.options import PrunerOptions
 from pruning_core.selection import Spared
 
 

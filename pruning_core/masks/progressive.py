@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from pruning_core.budget import Ranked, cut_apart, cut_within, share_of
-from pruning_core.config import PrunerOptions
 from pruning_core.masks.basic import MaskGroup
 from pruning_core.masks.weight import MaskedWeight, pack, unpack
+from pruning_core.options import PrunerOptions
 from pruning_core.selection import Spared
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruning_core.config import LOCK, PrunerOptions, WeightPruningConfig
+from pruning_core.config import WeightPruningConfig
 from pruning_core.masks.basic import MaskGroup
+from pruning_core.options import LOCK, PrunerOptions
 from pruning_core.report import GroupRow, LayerRow, Report
 from pruning_core.selection import Spared, kind_of
 from pruning_core.sharding import local, shard_groups

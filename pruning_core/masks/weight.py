@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruning_core.config import LOCK, PrunerOptions
+from pruning_core.options import LOCK, PrunerOptions
 from pruning_core.patterns import parse_pattern
 from pruning_core.selection import Target
 from pruning_core.sharding import Place, local, place
