@@ -125,7 +125,7 @@ class Case:
     options: dict[str, Any]
     model: Callable[[], nn.Module] = Zoo
     explicit: bool = False
-    steps: int = 6
+    steps: int = 5
     on_divergence: str = "error"
 
     def but(self, **options: Any) -> Case:
@@ -143,8 +143,8 @@ def _cases() -> Iterator[tuple[str, Case]]:
                 name, options = f"{pattern} {criterion} {scope}", {**plan, "pruning_scope": scope}
                 yield name, Case({**options, "pruning_type": criterion}, explicit=scope == "local")
                 options |= {"pruning_type": f"{criterion}_progressive", "progressive_steps": 2}
-                for order in ("scores", "linear"):
-                    yield f"{name} progressive {order}", Case({**options, "progressive_type": order})
+                options |= {"progressive_type": "scores" if scope == "global" else "linear"}
+                yield f"{name} progressive {options['progressive_type']}", Case(options)
         for reduce in ("sum", "max"):
             yield f"{pattern} snip {reduce}", Case({**plan, "pruning_type": "snip", "criterion_reduce_type": reduce})
         yield f"{pattern} lock", Case({"pattern": pattern, "pruning_type": "pattern_lock"}, model=halved)
@@ -179,7 +179,7 @@ HYBRID = ON_2["4x1 snip_momentum global"]
 SPARED = Case({**PLAN, "op_names": ["^2$"], "pattern": "4x1"}, small)
 EACH = HYBRID.but(pruning_op_types=["Linear", "Conv2d", "ConvTranspose2d", "Conv1D"])
 LATE = Case({**PLAN, "pruning_type": "magnitude"}, explicit=True)
-SKIPPING = Case({**PLAN, "pattern": "4x1"}, explicit=True)
+SKIPPING = Case({**PLAN, "pattern": "4x1"}, explicit=True, steps=7)
 SKIPPED = 3
 
 SMALL = Case({**PLAN, "pruning_type": "magnitude", "pattern": "1x1", "op_names": ["^0$", "^2$", "^4$"]}, model=small)
@@ -491,7 +491,7 @@ def resumed(folder: Path) -> Results:
         training.bare.load_state_dict(state["model"])
         training.optimizer.load_state_dict(state["optimizer"])
         training.pruner.load_state_dict(state["pruner"])
-        yield f"run {name}", training.begin().run(range(RESUME_AT, case.steps)).result()
+        yield f"resumed {name}", training.begin().run(range(RESUME_AT, case.steps)).result()
 
 
 def error_of(action: Callable[[], object]) -> str:
@@ -543,11 +543,10 @@ def stage(name: str, folder: Path) -> Results:
         ):
             yield from scenario()
         yield from uninterrupted(folder)
-    elif name == "three":
+        yield from resumed(folder)
+    else:
         yield from sharded_on_three()
         yield from loaded_on_three(folder)
-    else:
-        yield from resumed(folder)
 
 
 def main(folder: Path, name: str, rank: int, size: int) -> None:

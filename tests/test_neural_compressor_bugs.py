@@ -55,7 +55,7 @@ def test_03_a_head_called_fc_excludes_no_look_alikes_and_no_head_is_excluded():
 
 
 def test_04_misspelt_options_are_errors():
-    with pytest.raises(ValueError, match="target_sparsty: unknown option, got 0.3; did you mean 'target_sparsity'"):
+    with pytest.raises(ValueError, match=r"target_sparsty: unknown option, got 0\.3; did you mean 'target_sparsity'"):
         WeightPruningConfig([{"target_sparsty": 0.3}])
 
 
@@ -76,13 +76,11 @@ def test_06_layers_that_do_not_divide_are_pruned_too(kind, scope):
         assert (column == 0).all() or (column != 0).all()
 
 
-@pytest.mark.parametrize(
-    ("pattern", "share"), [("1:4", 0.75), ("2:8", 0.75), ("1:2", 0.5), ("2:4", 0.5), ("3:4", 0.25)]
-)
-def test_07_n_of_m_is_reported_as_it_is(pattern, share):
+@pytest.mark.parametrize("pattern", ["1:4", "2:8", "1:2", "2:4", "3:4"])
+def test_07_n_of_m_is_reported_as_it_is(pattern):
     model, pruner = pruned({"pattern": pattern, "end_step": 4}, nn.Sequential(nn.Flatten(), nn.Linear(192, 16)))
-    assert pruner.report().groups[0].reached == sparsity(model[1].weight) == share
     n, m = map(int, pattern.split(":"))
+    assert pruner.report().groups[0].reached == sparsity(model[1].weight) == 1 - n / m
     assert set((model[1].weight != 0).unflatten(1, (-1, m)).sum(-1).unique().tolist()) == {n}
 
 

@@ -13,9 +13,8 @@ EXAMPLES = [text for name in PATTERNS for text in PATTERNS[name].examples]
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 4), st.integers(1, 9))
 
 
-def unit_of(text, shape, index):
+def unit_of(text, index):
     """The unit grid index of one weight, from the definition of the pattern."""
-    G, O, K, I = shape  # noqa: E741
     g, o, k, i = index
     if text == "1xchannel":
         return g, o, 0, 0
@@ -31,7 +30,7 @@ def members(text, shape):
     """Unit grid index -> the indices of its weights."""
     units = {}
     for index in itertools.product(*(range(length) for length in shape)):
-        units.setdefault(unit_of(text, shape, index), []).append(index)
+        units.setdefault(unit_of(text, index), []).append(index)
     return units
 
 

@@ -149,7 +149,7 @@ def test_states_that_do_not_fit_change_nothing():
     with pytest.raises(ValueError, match=r"pruning_configs\[0\]\.end_step was 5, got 9; continue with the old value"):
         other.pruner.load_state_dict(state)
     assert other.pruner.step == 0
-    with pytest.raises(ValueError, match="not the state of a pruner, got|not the state of a pruner; pass"):
+    with pytest.raises(ValueError, match="not the state of a pruner; pass"):
         begun().pruner.load_state_dict({"model": 1})
     with pytest.raises(ValueError, match="version 1 is read here, got 99"):
         begun().pruner.load_state_dict({**state, "version": 99})
@@ -159,7 +159,7 @@ def test_states_that_do_not_fit_change_nothing():
     wider[5] = torch.nn.Linear(12 * 4 * 4, 20)
     with pytest.raises(ValueError, match=r"5\.weight had shape \[18, 192\], got \[20, 192\]"):
         begun(model=wider).pruner.load_state_dict(state)
-    with pytest.raises(ValueError, match="the state is of another model: 7.weight is on one side only"):
+    with pytest.raises(ValueError, match=r"the state is of another model: 7\.weight is on one side only"):
         begun(model=small_net()[:-1]).pruner.load_state_dict(state)
 
 

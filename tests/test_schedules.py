@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -36,7 +37,7 @@ def test_a_schedule_starts_at_zero_ends_at_the_target_and_never_falls(name, targ
     assert schedule.share(0, target) == pytest.approx(0, abs=1e-12)
     assert schedule.share(1, target) == pytest.approx(target, abs=1e-12)
     shares = [schedule.share(p, target) for p in sorted(progress)]
-    assert all(a <= b + 1e-12 for a, b in zip(shares, shares[1:], strict=False))
+    assert all(a <= b + 1e-12 for a, b in pairwise(shares))
 
 
 def table(start, end, frequency, name="linear"):
