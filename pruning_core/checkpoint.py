@@ -6,11 +6,14 @@ at every moment the path holds the old file or the new one, whole. ``load`` is `
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import os
 import pickle
 import random
 import re
 import tempfile
+import time
 import warnings
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -19,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LEFTOVER_SECONDS = 3600
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -33,11 +37,13 @@ class _Write(Protocol):
 def write_atomically(path: str | Path, write: _Write) -> None:
     """Runs ``write(file)`` on a temporary file in the same folder, then renames it over ``path``.
 
-    A kill may leave the temporary file, ``.<name>.*.tmp``, behind. The new file's permissions follow the umask. Where
+    A kill may leave the temporary file, ``.<name>.*.tmp``, behind; a later write takes it away when it is an hour old.
+    The new file's permissions follow the umask. Where
     ``path`` is a symbolic link, the file takes the link's place and what the link pointed to stays as it is.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -50,6 +56,14 @@ def write_atomically(path: str | Path, write: _Write) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """A run that is killed again and again must not fill the disk; a fresh temporary file may have a live writer."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+                leftover.unlink()
 
 
 def _umask() -> int:

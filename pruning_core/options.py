@@ -159,15 +159,11 @@ class PrunerOptions(BaseModel):
             wrong.append(("reg_type", "does nothing with reg_coeff 0, got 'group_lasso'; set reg_coeff above 0"))
         if self.reg_type and not self.parsed_pattern.folds_linearly:
             wrong.append(("reg_type", f"group_lasso needs blocks or channels, got pattern {self.pattern}; use NxM"))
-        for option in ("momentum_decay", "momentum_gain"):
-            default = type(self).model_fields[option].default
-            if getattr(self, option) != default and not self.criterion.accumulates:
-                wrong.append((option, f"does nothing with {self.pruning_type}, got {getattr(self, option)}; remove it"))
         return wrong
 
     @property
     def kind(self) -> str:
-        """ "basic", "progressive" or "pattern_lock"."""
+        """One of "basic", "progressive", "pattern_lock"."""
         if self.pruning_type == LOCK:
             return LOCK
         return "progressive" if self.pruning_type.endswith(PROGRESSIVE) else "basic"

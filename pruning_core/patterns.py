@@ -98,7 +98,7 @@ def parse_pattern(text: str) -> Pattern:
         if pattern is not None:
             return pattern
     raise ValueError(
-        f"unknown pattern, got {text!r}; use NxM blocks such as '4x1', '1x1' for single weights, "
+        f"unknown pattern, got {text[:40]!r}; use NxM blocks such as '4x1', '1x1' for single weights, "
         "'1xchannel' or 'channelx1' for channels, N:M such as '2:4'"
     )
 

@@ -96,7 +96,7 @@ def kind_of(module: nn.Module) -> str:
 
 
 def family(module: nn.Module) -> str | None:
-    """ "Conv", "Linear", or None for a module without weights that can be pruned."""
+    """One of "Conv" and "Linear", or None for a module without weights that can be pruned."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return "Conv"
     if isinstance(module, nn.Linear | nn.MultiheadAttention) or is_transformers_conv1d(module):

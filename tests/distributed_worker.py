@@ -10,6 +10,7 @@ and on 2 ranks the average of two equal gradients is exact.
 from __future__ import annotations
 
 import faulthandler
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -473,25 +474,21 @@ def _resumable(name: str) -> tuple[Case, Callable[[nn.Module], nn.Module], int]:
 RESUMABLE = [f"{kind} {run}" for kind in ("ddp", "fsdp") for run in RESUMED]
 
 
-def uninterrupted(folder: Path) -> Results:
+def resumed(folder: Path) -> Results:
+    """The uninterrupted run, and one that continues from the files with fresh objects."""
     for name in RESUMABLE:
         case, wrap, data = _resumable(name)
+        path, rest = folder / f"{name}-{dist.get_rank()}.pt", range(RESUME_AT, case.steps)
         training = Training(case, wrap=wrap, data=data).begin().run(range(RESUME_AT))
         state = {"model": training.bare.state_dict(), "optimizer": training.optimizer.state_dict()}
-        state["pruner"] = training.pruner.state_dict()
-        checkpoint.save(state, folder / f"{name}-{dist.get_rank()}.pt")
-        yield f"run {name}", training.run(range(RESUME_AT, case.steps)).result()
-
-
-def resumed(folder: Path) -> Results:
-    for name in RESUMABLE:
-        case, wrap, data = _resumable(name)
-        state = checkpoint.load(folder / f"{name}-{dist.get_rank()}.pt")
+        checkpoint.save({**state, "pruner": training.pruner.state_dict()}, path)
+        yield f"uninterrupted {name}", training.run(rest).result()
+        state = checkpoint.load(path)
         training = Training(case, wrap=wrap, data=data)
         training.bare.load_state_dict(state["model"])
         training.optimizer.load_state_dict(state["optimizer"])
         training.pruner.load_state_dict(state["pruner"])
-        yield f"resumed {name}", training.begin().run(range(RESUME_AT, case.steps)).result()
+        yield f"resumed {name}", training.begin().run(rest).result()
 
 
 def error_of(action: Callable[[], object]) -> str:
@@ -542,7 +539,6 @@ def stage(name: str, folder: Path) -> Results:
             refused,
         ):
             yield from scenario()
-        yield from uninterrupted(folder)
         yield from resumed(folder)
     else:
         yield from sharded_on_three()
@@ -550,9 +546,9 @@ def stage(name: str, folder: Path) -> Results:
 
 
 def main(folder: Path, name: str, rank: int, size: int) -> None:
-    faulthandler.dump_traceback_later(100, exit=True)  # nothing hangs
+    faulthandler.dump_traceback_later(110, exit=True)  # nothing hangs
     results: dict[str, Any] = {"reference": {}}
-    for each in REFERENCES.get(name, [])[rank::size]:
+    for each in REFERENCES[name][rank::size]:
         results["reference"][each] = reference(each)
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     try:
@@ -564,6 +560,4 @@ def main(folder: Path, name: str, rank: int, size: int) -> None:
 
 
 if __name__ == "__main__":
-    import os
-
     main(Path(sys.argv[1]), sys.argv[2], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))

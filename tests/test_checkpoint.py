@@ -625,3 +625,13 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
             parent.kill()
     assert last > kills  # they did save
     assert half_written > 0  # and some were hit while they wrote
+
+
+def test_leftovers_of_killed_runs_are_taken_away_when_nobody_can_be_writing_them(tmp_path):
+    old, fresh, other = (tmp_path / name for name in (".c.pt.a.tmp", ".c.pt.b.tmp", ".d.pt.a.tmp"))
+    for leftover in (old, fresh, other):
+        leftover.write_bytes(b"half a checkpoint")
+    for leftover in (old, other):
+        os.utime(leftover, (0, 0))
+    checkpoint.save({"x": 1}, tmp_path / "c.pt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".c.pt.b.tmp", ".d.pt.a.tmp", "c.pt"]

@@ -507,14 +507,6 @@ PAIRS = [
         {"reg_type": "group_lasso", "reg_coeff": 0.1, "pattern": "2:4"},
         "reg_type: group_lasso needs blocks or channels, got pattern 2:4; use NxM",
     ),
-    (
-        {"pruning_type": "magnitude", "momentum_decay": 0.5},
-        "momentum_decay: does nothing with magnitude, got 0.5; remove it",
-    ),
-    (
-        {"pruning_type": "snip_progressive", "momentum_gain": 0.5},
-        "momentum_gain: does nothing with snip_progressive, got 0.5; remove it",
-    ),
 ]
 
 
@@ -535,6 +527,11 @@ def test_possible_neighbours_of_the_impossible_pairs():
     only(pruning_type="snip_momentum_progressive", momentum_gain=0.5)
     only(pruning_type="pattern_lock", start_step=3, end_step=3)
     only(pruning_type="pattern_lock", pattern="2:4", target_sparsity=0.9)
+
+
+def test_a_global_option_may_concern_some_pruners_only():
+    config = WeightPruningConfig([{}, {"pruning_type": "magnitude"}], momentum_gain=0.5, progressive_steps=2)
+    assert [each.momentum_gain for each in config.pruners] == [0.5, 0.5]
 
 
 def test_one_line_per_problem():
