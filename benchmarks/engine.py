@@ -1,6 +1,7 @@
 """Cost of the masking engine: mask updates, hooks per step, memory; beside AdamW and beside Neural Compressor 2.6.
 
-    python -m benchmarks.engine [--peer-python PATH] [--json FILE] [--repeats N] [--models yolov5s,bert-base]
+    python -m benchmarks.engine [--peer-python PATH] [--json FILE] [--repeats N] [--peer-repeats N]
+                                [--models yolov5s,bert-base] [--allocator steady|system]
 
 Every case runs in fresh processes of one thread: ``--repeats`` of them for CPU time, of which the median counts, and
 one for memory; the peer's take turns with ours. ``benchmarks.measure`` says what is measured and how. The bars are
@@ -27,7 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.measure import MEMORY_ENVIRONMENT, ONE_THREAD, Case
+from benchmarks.measure import MEMORY_ENVIRONMENT, ONE_THREAD, STEADY_ENVIRONMENT, Case
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = (
@@ -108,9 +109,11 @@ def _number(value: float | None, text: str) -> str:
     return "" if value is None else text.format(value)
 
 
-def measure(python: str, module: str, case: Case) -> dict[str, Any]:
+def measure(python: str, module: str, case: Case, steady: bool) -> dict[str, Any]:
     """Runs one case in a process of its own; its last line is JSON."""
-    environment = {**os.environ, **ONE_THREAD, **(MEMORY_ENVIRONMENT if case.memory else {})}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    allocator = MEMORY_ENVIRONMENT if case.memory else STEADY_ENVIRONMENT if steady else {}
+    environment = {**inherited, **ONE_THREAD, **allocator}
     command = [python, "-m", f"benchmarks.{module}", case.to_json()]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -123,16 +126,16 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {**numbers, "versions": runs[0]["versions"]}
 
 
-def side_by_side(case: Case, sides: dict[str, tuple[str, str, int]]) -> dict[str, dict[str, Any]]:
+def side_by_side(case: Case, sides: dict[str, tuple[str, str, int]], steady: bool) -> dict[str, dict[str, Any]]:
     """Per side: {"time": medians, "memory": figures, "runs": all}; repeats of the sides take turns."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for i in range(max(repeats for _, _, repeats in sides.values())):
         for name, (python, module, repeats) in sides.items():
             if i < repeats:
-                runs[name].append(measure(python, module, case))
+                runs[name].append(measure(python, module, case, steady))
     result = {}
     for name, (python, module, _) in sides.items():
-        memory = measure(python, module, replace(case, memory=True))
+        memory = measure(python, module, replace(case, memory=True), steady)
         result[name] = {"time": medians(runs[name]), "memory": memory, "runs": runs[name]}
     return result
 
@@ -169,7 +172,7 @@ def table(lines: list[Row]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in padded)
 
 
-def about(results: list[tuple[Case, dict[str, dict[str, Any]]]]) -> dict[str, Any]:
+def about(results: list[tuple[Case, dict[str, dict[str, Any]]]], allocator: str) -> dict[str, Any]:
     versions = {name: side["time"]["versions"] for name, side in results[0][1].items()}
     return {
         "date": datetime.now(UTC).date().isoformat(),
@@ -177,6 +180,7 @@ def about(results: list[tuple[Case, dict[str, dict[str, Any]]]]) -> dict[str, An
         "versions": versions,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, of which one is used",
         "seed": results[0][0].seed,
+        "allocator": allocator,
         "repeats": {name: len(side["runs"]) for name, side in results[0][1].items()},
     }
 
@@ -187,6 +191,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="writes all figures to this file")
     parser.add_argument("--repeats", type=int, default=3, help="processes per case for CPU time (default 3)")
     parser.add_argument("--peer-repeats", type=int, default=1, help="the same for the peer, which is slow (default 1)")
+    parser.add_argument(
+        "--allocator", choices=["steady", "system"], default="steady", help="settings of malloc, see benchmarks.measure"
+    )
     parser.add_argument("--models", default="yolov5s,bert-base", help="which models (default yolov5s,bert-base)")
     options = parser.parse_args()
     unknown = set(options.models.split(",")) - {case.model for case in CASES}
@@ -207,15 +214,15 @@ def main() -> None:
     results, lines = [], []
     for case in [case for case in CASES if case.model in options.models.split(",")]:
         print(f"{case.model} {case.pattern} ...", file=sys.stderr, flush=True)
-        results.append((case, side_by_side(case, sides)))
+        results.append((case, side_by_side(case, sides, options.allocator == "steady")))
         lines += rows(*results[-1])
     print(table(lines))
-    print(json.dumps(about(results)))
+    print(json.dumps(about(results, options.allocator)))
     if not options.peer_python:
         print("The peer columns are empty. To fill them:", *PEER_COMMANDS, sep="\n    ")
     if options.json:
         cases = [{"case": asdict(case), **measured} for case, measured in results]
-        report = {"about": about(results), "rows": [asdict(line) for line in lines], "cases": cases}
+        report = {"about": about(results, options.allocator), "rows": [asdict(line) for line in lines], "cases": cases}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

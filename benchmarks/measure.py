@@ -10,7 +10,9 @@ so hooks and optimizers see the same weights, caches and moment of the machine.
 * A mask update: a pruner may make it in ``on_after_optimizer_step`` of step t - 1 or in ``on_step_begin`` of step t.
   Its cost is what those two calls take together above their own medians at steps without an update.
 * CPU time: ``time.process_time``, one thread. It does not count waiting for a core, but does count cache misses that
-  neighbours cause.
+  neighbours cause. Under glibc's own settings the figures, those of ``AdamW.step`` above all, double or not depending
+  on where earlier blocks happened to lie, as pages are given back and faulted in again at every call. So the allocator
+  keeps what it has (``STEADY_ENVIRONMENT``), for both sides: what allocates most gains most by that.
 * Memory, in a process of its own: how far the kernel's high-water mark of resident memory (``VmHWM``, reset through
   ``/proc/self/clear_refs``) rises above what was resident when the hook was entered, at most over such steps. Nothing
   is sampled, so no peak is missed. For this to be true the allocator must give freed memory back at once
@@ -36,6 +38,8 @@ from torch import nn
 from benchmarks.models import build
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+STEADY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
+"""glibc: blocks of up to 32 MiB, its highest setting, come from the heap, and the heap does not shrink."""
 MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 """glibc: blocks from 64 KiB on are mapped, and unmapped when freed. By default freed blocks of up to 32 MiB stay
 resident, and a later peak that reuses them would go unseen."""

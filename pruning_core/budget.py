@@ -6,12 +6,14 @@ always the longest run of lowest-scored units that fits: reached is never above 
 Selection is a radix descent over the bits of the float32 scores: three histograms (12 + 10 + 10 bits) per layer locate
 the exact score at which the running count meets the amount. Nothing is sorted and no score is gathered from another
 rank: with ``ranks`` only the histograms are summed, so the bytes sent do not depend on the size of the model.
+
+Verdicts come one layer after the other: what is decided is decided before the first, so the caller may cut as it goes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -36,15 +38,15 @@ class Ranks(Protocol):
 class Ranked:
     """One layer as the ranking sees it.
 
-    ``scores`` gives the flat float32 scores of the units that this rank owns, in index order; it is called once per
-    digit, so that only one layer's scores are in memory at a time. Units that are cut already score ``-inf``.
+    ``keys`` gives ``sortable`` scores of the units that this rank owns, flat and in index order; it is called once per
+    digit, so that only one layer's scores are in memory at a time. Units that are cut already come first.
     ``sizes``: weights per unit, one number or a flat int64 tensor beside the scores. ``weights``: the layer's size.
     ``capacity``: how many of its weights the units hold in all, over all ranks. ``largest``: the size of a whole unit,
     when another rank may hold larger ones than this.
     """
 
     name: str
-    scores: Callable[[], Tensor]
+    keys: Callable[[], Tensor]
     sizes: int | Tensor
     weights: int
     capacity: int
@@ -58,6 +60,21 @@ class Ranked:
         return self.largest or (int(self.sizes.max()) if self.sizes.numel() else 1)
 
 
+def sortable(scores: Tensor, at_end: Tensor | None = None, first: bool = True) -> Tensor:
+    """float32 scores -> int32 keys in the same order; where the bool ``at_end`` holds, the lowest key of all (or the
+    highest).
+
+    Integer arithmetic on whole vectors: a ``where`` over millions of entries costs ten times as much.
+    """
+    bits = scores.float().contiguous().view(torch.int32)
+    keys = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
+    if at_end is None:
+        return keys
+    there = at_end.to(torch.int32)
+    keys.bitwise_and_(there - 1)  # 0 there
+    return keys.bitwise_or_(there * (-0x80000000 if first else 0x7FFFFFFF))
+
+
 def share_of(ratio: float, weights: int) -> int:
     """The count that a ratio means: nearest, so that 0.1 of 10 is 1 whatever the binary rounding of 0.1."""
     return math.floor(ratio * weights + 0.5)
@@ -65,7 +82,7 @@ def share_of(ratio: float, weights: int) -> int:
 
 def cut_together(
     layers: Sequence[Ranked], share: float, least: float, most: float, ranks: Ranks | None = None
-) -> list[Tensor]:
+) -> Iterator[Tensor]:
     """Global scope: the lowest units of all layers together; bool per layer and unit, True = cut.
 
     Every layer ends between ``min(least, share)`` and ``most``, to one unit, while the total stays exact.
@@ -75,7 +92,7 @@ def cut_together(
 
 def cut_within(
     layers: Sequence[Ranked], asked: int, lows: Sequence[int], highs: Sequence[int], ranks: Ranks | None = None
-) -> list[Tensor]:
+) -> Iterator[Tensor]:
     """The lowest units of all layers together that fit into ``asked`` weights, with a least and most per layer."""
     low, high = (torch.tensor(list(each), dtype=torch.int64).unsqueeze(1) for each in (lows, highs))
 
@@ -98,7 +115,7 @@ def cut_within(
     return _cut_at(layers, amounts, cutoffs, ranks)
 
 
-def cut_apart(layers: Sequence[Ranked], amounts: Sequence[int], ranks: Ranks | None = None) -> list[Tensor]:
+def cut_apart(layers: Sequence[Ranked], amounts: Sequence[int], ranks: Ranks | None = None) -> Iterator[Tensor]:
     """In every layer by itself the lowest units that fit into ``amounts`` weights; bool, True = cut."""
     return _cut_at(layers, amounts, _descend_apart(layers, amounts, ranks), ranks)
 
@@ -172,15 +189,9 @@ def _first(met: Tensor) -> Tensor:
     return met.to(torch.uint8).argmax(-1)
 
 
-def _keys(scores: Tensor) -> Tensor:
-    """float32 -> int32 in the same order, -inf lowest."""
-    bits = scores.contiguous().view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
 def _histogram(layer: Ranked, prefix: int, level: int) -> Tensor:
     """Weights per digit at this level, among the units whose higher digits are ``prefix``; int64."""
-    keys, sizes = _keys(layer.scores()), layer.sizes
+    keys, sizes = layer.keys(), layer.sizes
     shift, bits = LEVELS[level]
     if level:
         chosen = (keys >> LEVELS[level - 1][0]) == _signed(prefix, level - 1)
@@ -200,24 +211,24 @@ def _signed(prefix: int, level: int) -> int:
 
 def _cut_at(
     layers: Sequence[Ranked], amounts: Sequence[int], cutoffs: Sequence[_Cutoff], ranks: Ranks | None
-) -> list[Tensor]:
+) -> Iterator[Tensor]:
     """Everything below each cutoff, and of the ties as many as fit into the amount, in index order."""
     rooms = [amount - cutoff.below for amount, cutoff in zip(amounts, cutoffs, strict=True)]
     if ranks is not None and layers:
         ties = [_ties(layer, cutoff.key) for layer, cutoff in zip(layers, cutoffs, strict=True)]
-        earlier = ranks.before(torch.tensor(ties, device=layers[0].scores().device)).tolist()
+        earlier = ranks.before(torch.tensor(ties, device=layers[0].keys().device)).tolist()
         rooms = [room - before for room, before in zip(rooms, earlier, strict=True)]
-    return [_cut(*each) for each in zip(layers, (c.key for c in cutoffs), rooms, strict=True)]
+    return map(_cut, layers, [cutoff.key for cutoff in cutoffs], rooms)
 
 
 def _ties(layer: Ranked, key: int) -> int:
     """How many of this rank's weights stand exactly at the cutoff."""
-    tied = _keys(layer.scores()) == _signed(key, len(LEVELS) - 1)
+    tied = layer.keys() == _signed(key, len(LEVELS) - 1)
     return int(layer.sizes[tied].sum()) if isinstance(layer.sizes, Tensor) else int(tied.sum()) * layer.sizes
 
 
 def _cut(layer: Ranked, key: int, room: int) -> Tensor:
-    keys, exact = _keys(layer.scores()), _signed(key, len(LEVELS) - 1)
+    keys, exact = layer.keys(), _signed(key, len(LEVELS) - 1)
     cut = keys < exact
     if room > 0:
         tied = (keys == exact).nonzero().squeeze(1)

@@ -275,7 +275,7 @@ class NinM(Pattern):
         loses = self._loses(groups)
         if reduce == "max":
             return groups.where(loses, -torch.inf).amax(-1)
-        return groups.where(loses, 0).sum(-1)
+        return (groups * loses).sum(-1)
 
     def spread(self, keep: Tensor, score: Tensor | None, region: Region) -> Tensor:
         assert score is not None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from pruning_core.budget import Ranked, cut_apart, cut_together, limits
+from pruning_core.budget import Ranked, cut_apart, cut_together, limits, sortable
 from pruning_core.masks.weight import MaskedWeight, pack, to_plain, unpack
 from pruning_core.options import PrunerOptions
 from pruning_core.selection import Spared
@@ -116,42 +116,37 @@ class MaskGroup:
     def _unit_scores(self) -> list[Callable[[], Tensor]]:
         """Per weight a function that gives its unit scores, complete over all ranks."""
         if self.ranks is None:
-            return [weight.unit_scores for weight in self.weights]
+            return [
+                weight.unit_scores if weight.folds_fast else partial(_same, weight.unit_scores())
+                for weight in self.weights
+            ]
         grids = [weight.unit_scores().clone() for weight in self.weights]
-        agree(
-            grids,
-            [weight.place for weight in self.weights],
-            "max" if self.options.criterion_reduce_type == "max" else "sum",
-        )
+        operation: Literal["sum", "max"] = "max" if self.options.criterion_reduce_type == "max" else "sum"
+        agree(grids, [weight.place for weight in self.weights], operation)
         return [partial(_same, grid) for grid in grids]
 
-    def _layers(self, unit_scores: list[Callable[[], Tensor]] | None = None) -> list[Ranked]:
+    def _layers(self, unit_scores: Sequence[Callable[[], Tensor]] = ()) -> list[Ranked]:
         layers = []
         for i, weight in enumerate(self.weights):
-            region, whole = weight.place.region, weight.pattern.sizes(weight.place.region)
-            units = 1
-            for length, extent in zip(region.shape, region.extents, strict=True):
-                units *= -(-length // extent)
-            capacity = units * whole if isinstance(whole, int) else int(whole.sum())
-            largest = whole if isinstance(whole, int) else int(whole.max())
-            sizes = weight.sizes_here()
+            sizes = weight.sizes
             if isinstance(sizes, Tensor):
-                sizes = weight.flat(weight.owned(sizes)).to(weight.keep.device)
-            scores = _masked(weight, unit_scores[i]) if unit_scores else _no_scores
-            layers.append(Ranked(weight.target.name, scores, sizes, weight.weights, capacity, largest))
+                sizes = weight.flat(weight.owned(sizes))
+            keys = partial(_unit_keys, weight, unit_scores[i] if unit_scores else _no_scores)
+            layers.append(Ranked(weight.target.name, keys, sizes, weight.weights, weight.capacity, weight.largest))
         return layers
 
-    def _verdicts(self, cuts: list[Tensor]) -> list[Tensor]:
+    def _verdicts(self, cuts: Iterator[Tensor]) -> Iterator[Tensor]:
         """Flat verdicts on a rank's own units -> grids that also hold its neighbours' verdicts on shared units."""
+        if self.ranks is None:
+            return (weight.unflat(cut, weight.alive()) for weight, cut in zip(self.weights, cuts, strict=True))
         grids = []
         for weight, cut in zip(self.weights, cuts, strict=True):
             grid = weight.alive().to(torch.int8).zero_()
             mine = weight.owned(grid)
             mine.copy_(weight.unflat(cut, mine))
             grids.append(grid)
-        if self.ranks is not None:
-            agree(grids, [weight.place for weight in self.weights], "sum")
-        return [grid != 0 for grid in grids]
+        agree(grids, [weight.place for weight in self.weights], "sum")
+        return (grid != 0 for grid in grids)
 
     def apply_(self, params: Collection[int] | None = None) -> None:
         for weight in self.weights:
@@ -180,14 +175,10 @@ class MaskGroup:
         weight.score = None if score is None else score.to(weight.keep.device, copy=True)
 
 
-def _masked(weight: MaskedWeight, unit_scores: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Flat float32 scores of the units that this rank owns; what is cut already comes first, so nothing returns."""
-
-    def scores() -> Tensor:
-        live = weight.owned(unit_scores()).where(weight.owned(weight.alive()), -torch.inf)
-        return weight.flat(live).float()
-
-    return scores
+def _unit_keys(weight: MaskedWeight, unit_scores: Callable[[], Tensor]) -> Tensor:
+    """Of the units that this rank owns; what is cut already comes first, so nothing returns."""
+    dead = ~weight.flat(weight.owned(weight.alive()))
+    return sortable(weight.flat(weight.owned(unit_scores())), dead)
 
 
 def _same(grid: Tensor) -> Tensor:

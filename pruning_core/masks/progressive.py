@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruning_core.budget import Ranked, cut_apart, cut_within, share_of
+from pruning_core.budget import Ranked, cut_apart, cut_within, share_of, sortable
 from pruning_core.masks.basic import MaskGroup
 from pruning_core.masks.weight import MaskedWeight, pack, unpack
 from pruning_core.options import PrunerOptions
@@ -92,16 +92,16 @@ class ProgressiveGroup(MaskGroup):
             weight.keep.mul_(weight.place.layout.store(kept, weight.shape))
 
     def _order(self, weight: MaskedWeight) -> Callable[[], Tensor]:
-        """Flat scores that put the remaining doomed weights first, in the order in which they go."""
+        """Keys that put the remaining doomed weights first, in the order in which they go."""
 
-        def scores() -> Tensor:
+        def keys() -> Tensor:
             if self.options.progressive_type == "linear":
                 order = _positions(weight)
             else:
                 order = weight.view(weight.element_scores())
-            return weight.flat(order.where(weight.view(self._remaining(weight)), torch.inf)).float()
+            return sortable(weight.flat(order), weight.flat(weight.view(~self._remaining(weight))), first=False)
 
-        return scores
+        return keys
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "structured_at": self.structured_at, "doomed": list(self.doomed)}

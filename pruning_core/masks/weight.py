@@ -6,6 +6,7 @@ own bits are one vectorised *and*, which leaves exact +0.0 whatever stood there.
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import Any
 
@@ -23,7 +24,8 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 class MaskedWeight:
     """``keep`` cuts the weight; ``whole_units`` is the part of it made of whole units (another tensor only while
-    progressive pruning is between the two). ``score`` is folded into units when the fold is linear."""
+    progressive pruning is between the two). ``score`` is folded into units when the fold is linear. ``sizes``: weights
+    per unit, of the units seen here; ``largest`` and ``capacity``: the largest and all of them, over all ranks."""
 
     def __init__(self, target: Target, options: PrunerOptions) -> None:
         self.target, self.options = target, options
@@ -38,7 +40,11 @@ class MaskedWeight:
         self.stores_units = (
             options.kind == "basic" and self.pattern.folds_linearly and options.criterion_reduce_type != "max"
         )
-        self._sizes = self.pattern.sizes(self.place.region)
+        sizes = self.pattern.sizes(self.place.region)
+        units = math.prod(-(-n // e) for n, e in zip(self.place.region.shape, self.place.region.extents, strict=True))
+        self.largest = sizes if isinstance(sizes, int) else int(sizes.max())
+        self.capacity = units * sizes if isinstance(sizes, int) else int(sizes.sum())
+        self.sizes = sizes if isinstance(sizes, int) else self._here(sizes).to(here.device)
 
     @property
     def weights(self) -> int:
@@ -63,6 +69,7 @@ class MaskedWeight:
         self.keep = self.keep.to(device)
         self.whole_units = self.whole_units.to(device) if separate else self.keep
         self.score = None if self.score is None else self.score.to(device)
+        self.sizes = self.sizes if isinstance(self.sizes, int) else self.sizes.to(device)
 
     def gradient(self) -> Tensor | None:
         gradient = self.target.parameter.grad
@@ -105,16 +112,15 @@ class MaskedWeight:
         grid = self.pattern.fold(self.view(score), self.place.region, self.options.criterion_reduce_type)
         if self.options.criterion_reduce_type != "mean":
             return grid
-        sizes = self.sizes_here()
-        return grid / (sizes.to(grid) if isinstance(sizes, Tensor) else sizes)
+        return grid if isinstance(self.sizes, int) and self.sizes == 1 else grid / self.sizes
 
-    def sizes_here(self) -> int | Tensor:
-        """Weights per unit, for the units that this rank's grid shows."""
+    def _here(self, grid: Tensor) -> Tensor:
+        """The part of a whole weight's unit grid that this rank sees."""
         piece = self.place.slice
-        if piece is None or isinstance(self._sizes, int):
-            return self._sizes
+        if piece is None:
+            return grid
         rows = piece.rows_here(self.place.region.extents[piece.axis])
-        return self._sizes.narrow(piece.axis, min(rows.start, self._sizes.shape[piece.axis]), len(rows))
+        return grid.narrow(piece.axis, min(rows.start, grid.shape[piece.axis]), len(rows))
 
     def element_scores(self) -> Tensor:
         """Scores in the stored shape; only for weights that do not store units."""
@@ -122,6 +128,11 @@ class MaskedWeight:
             return self.options.criterion.score(self.weight(), None)
         assert self.score is not None and not self.stores_units
         return self.score
+
+    @property
+    def folds_fast(self) -> bool:
+        """Unit scores are cheap enough to be computed again for every digit of the selection."""
+        return self.pattern.folds_linearly
 
     def unit_scores(self) -> Tensor:
         """The unit grid of scores, partial where a unit reaches over the border of a slice."""
