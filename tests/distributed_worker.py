@@ -317,7 +317,6 @@ def sharded() -> Results:
         yield name, result_of(case, wrap=shard)
     for shape in ((1, 2), (2, 1)):
         yield f"hybrid {shape}", result_of(HYBRID, wrap=partial(shard, mesh_shape=shape))
-
     yield "each", result_of(EACH, wrap=shard_each)
     yield "spared", result_of(SPARED, wrap=shard_spared_by_columns)
 
@@ -357,8 +356,7 @@ def _spoil_weight(training: Training) -> None:
 
 
 def _spoil_mask(training: Training) -> None:
-    weight = training.pruner.groups[0].weights[1]
-    weight.keep[0] = 0
+    training.pruner.groups[0].weights[1].keep[0] = 0
 
 
 SPOILED = {"gradient": _spoil_gradient, "weight": _spoil_weight, "mask": _spoil_mask}
@@ -367,23 +365,24 @@ SPOILED = {"gradient": _spoil_gradient, "weight": _spoil_weight, "mask": _spoil_
 def diverged() -> Results:
     """Rank 1 goes astray at step 3; masks change at steps 1, 3 and 5."""
     for kind in ("snip_momentum", "snip_momentum_progressive"):
-        case = SMALL.but(pruning_type=kind, pruning_frequency=2)
-        yield f"no ddp, {kind}", _astray(case, wrap=lambda model: model, data=dist.get_rank())
-        for what in SPOILED:
-            yield f"{what}, {kind}", _astray(case, SPOILED[what], wrap=DistributedDataParallel, data=dist.get_rank())
-            repaired = Case(case.options, small, steps=8, on_divergence="repair")
-            yield (
-                f"repaired {what}, {kind}",
-                _astray(repaired, SPOILED[what], wrap=DistributedDataParallel, data=dist.get_rank()),
-            )
+        stopped = SMALL.but(pruning_type=kind)
+        repaired = Case(stopped.options, small, steps=8, on_divergence="repair")
+        yield f"no ddp, {kind}", _astray(stopped, wrap=lambda model: model)
+        for what, spoil in SPOILED.items():
+            yield f"{what}, {kind}", _astray(stopped, spoil)
+            yield f"repaired {what}, {kind}", _astray(repaired, spoil)
 
 
-def _astray(case: Case, spoil: Callable[[Training], None] | None = None, **how: Any) -> dict[str, Any]:
-    training, history = Training(case, **how).begin(), []
+def _astray(
+    case: Case,
+    spoil: Callable[[Training], None] = lambda training: None,
+    wrap: Callable[[nn.Module], nn.Module] = DistributedDataParallel,
+) -> dict[str, Any]:
+    training, history = Training(case, wrap=wrap, data=dist.get_rank()).begin(), []
     try:
         for step in range(case.steps):
-            astray = spoil is not None and step == 3 and dist.get_rank() == 1
-            training.step(step, partial(spoil, training) if astray and spoil else None)
+            astray = step == 3 and dist.get_rank() == 1
+            training.step(step, partial(spoil, training) if astray else None)
             weight = training.bare[2].weight.detach().clone()
             history.append({"masks": training.pruner.masks(), "weight": weight})
     except RuntimeError as error:

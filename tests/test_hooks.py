@@ -143,6 +143,15 @@ def test_attach_needs_the_models_own_optimizer():
         Pruning().attach(model, torch.optim.SGD(other.parameters(), lr=0.1))
 
 
+def test_attaching_again_before_the_first_step_replaces_the_hooks():
+    model = small_net()
+    first, second = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    pruner = Pruning({"end_step": 4}).attach(model, first)
+    pruner.attach(model, second)
+    assert not first._optimizer_step_post_hooks
+    assert len(second._optimizer_step_post_hooks) == 1
+
+
 def test_with_needs_attach():
     with pytest.raises(RuntimeError, match=r"nothing to drive it; write Pruning\(...\).attach"), Pruning():
         pass

@@ -85,6 +85,7 @@ class Pruning:
         inner = [unwrap_optimizer(optimizer) for optimizer in optimizers]
         self.model = model
         self._begin(inner, total_steps)
+        self.detach()
         self._hooks = OptimizerHooks(self, inner)
         self._advance()
         return self
