@@ -64,6 +64,23 @@ def test_progressive_with_fewer_steps_than_portions():
     assert seen == [0, 16, 32, 48]
 
 
+def test_a_clock_that_jumps_over_portions_finishes_them_first():
+    layer = square_layer()
+    options = {"pruning_type": "magnitude_progressive", "pattern": "1xchannel", "sparsity_decay_type": "linear"}
+    pruner = Pruning(options | {"target_sparsity": 0.75, "end_step": 12, "pruning_frequency": 4})
+    pruner.model = layer
+    pruner.on_train_begin()
+    seen = []
+    for step in (4, 8, 12):
+        pruner.on_step_begin(step)
+        seen.append(int((layer.weight == 0).sum()))
+        pruner.on_before_optimizer_step()
+        pruner.on_after_optimizer_step()
+        seen.append(int((layer.weight == 0).sum()))
+    #  4: one portion of two rows, 5: two; 8 waits for the step's end, then: both rows and half of two more; 12: whole
+    assert seen == [4, 8, 8, 24, 24, 48]
+
+
 def test_progressive_portions_are_an_option():
     options = {"pruning_type": "magnitude_progressive", "pattern": "1xchannel", "progressive_steps": 2}
     options |= {"sparsity_decay_type": "linear", "target_sparsity": 0.5, "end_step": 8, "pruning_frequency": 4}

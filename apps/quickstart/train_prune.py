@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import sys
 import time
 from pathlib import Path
@@ -109,7 +110,8 @@ def main() -> int:
     report.save_json(options.output / "pruning_report.json")
     report.plot(options.output / "pruning_report.png")
     print(f"saved in {options.output}: sparse.pt, pruning_report.json, pruning_report.png")
-    print(f"look again with: python -m pruning_core inspect {options.output}/sparse.pt")
+    python = os.path.relpath(sys.executable)
+    print(f"look again with: {python} -m pruning_core inspect {options.output}/sparse.pt")
     return 0
 
 
