@@ -25,7 +25,7 @@ def scaled_run(options, form, *, fused, steps=12, poison=(), dtype=torch.float16
     if form == "attach":
         pruner.attach(model, optimizer)
     else:
-        pruner.model = model
+        pruner.model, pruner.optimizer = model, optimizer
         pruner.on_train_begin()
     done = 0
     for iteration in range(steps):
@@ -121,9 +121,10 @@ def test_hooks_do_not_wait_for_the_device_between_mask_changes(monkeypatch):
     assert pruner.groups[0].done
 
 
+@pytest.mark.parametrize("lasso", [{}, {"reg_type": "group_lasso", "reg_coeff": 0.1}], ids=["", "lasso"])
 @pytest.mark.parametrize("name", ["magnitude", "gradient", "snip", "snip_momentum"])
-def test_the_device_path_equals_the_cpu_path(monkeypatch, name):
-    options = {"pattern": "4x1", "end_step": 7, "pruning_frequency": 3, "pruning_type": name}
+def test_the_device_path_equals_the_cpu_path(monkeypatch, name, lasso):
+    options = {"pattern": "4x1", "end_step": 7, "pruning_frequency": 3, "pruning_type": name, **lasso}
     options |= {"momentum_decay": 0.9} if name == "snip_momentum" else {}
     a, _, _ = scaled_run(options, "hooks", fused=False, poison=POISON)
     as_on_a_device(monkeypatch)
