@@ -9,48 +9,11 @@ from collections import OrderedDict
 from pathlib import Path
 
 import pytest
+from samples import NEURAL_COMPRESSOR_YAML
 from torch import nn
 
 from pruning_core import Pruning, WeightPruningConfig
 from pruning_core.yaml_file import MAX_BYTES, MAX_DEPTH, MAX_NODES, read_mapping
-
-# As it stands in the document that specifies it (seed 000).
-SEED_000 = """\
-version: 1.0
-
-model:
-  name: "yolov5s6"
-  framework: "pytorch"
-
-pruning:
-  approach:
-    weight_compression_pytorch:
-      # Global settings
-      # if start step equals to end step, one-shot pruning scheduler is enabled. Otherwise the API automatically implements iterative pruning scheduler.
-      start_step: 0 # step which pruning process begins
-      end_step: 0 # step which pruning process ends
-      not_to_prune_names: ["model.33.m.*"] # a global announcement of layers which you do not wish to prune. 
-      prune_layer_type: ["Conv2d"] # the module type which you want to prune (Linear, Conv2d, etc.)
-      target_sparsity: 0.8 # the sparsity you want the model to be pruned.
-      max_sparsity_ratio_per_layer: 0.98 # the highest sparsity a layer can reach.
-
-      pruners: # below each "Pruner" defines a pruning process for a group of layers. This enables us to apply different pruning methods for different layers in one model.
-        # Local settings
-        - !Pruner
-            exclude_names: ["model.*.cv1", "model.*.cv2", "model.*.cv3"] # list of regular expressions, containing the layer names you wish not to be included in this pruner
-            pattern: "oc_pattern_1x1" # pattern type, we support "NxM" and "N:M"
-            update_frequency_on_step: 1000 # if use iterative pruning scheduler, this define the pruning frequency.
-            prune_domain: "global" # one in ["global", "local"], refers to the score map is computed out of entire parameters or its corresponding layer's weight.
-            prune_type: "snip_momentum" # pruning algorithms, refer to pytorch_pruner/pruner.py
-            sparsity_decay_type: "exp" # ["linear", "cos", "exp", "cube"] ways to determine the target sparsity during iterative pruning.
-        - !Pruner
-            exclude_names: []
-            pattern: "oc_pattern_4x1"
-            update_frequency_on_step: 1000
-            prune_domain: "global"
-            prune_type: "snip_momentum"
-            sparsity_decay_type: "exp"
-"""  # noqa: E501
 
 SECOND_GENERATION = """\
 version: 1.0
@@ -124,13 +87,13 @@ def test_seed_000_is_the_same_as_the_dict(write):
         max_sparsity_ratio_per_op=0.98,
         **exclusions,
     )
-    path = write(SEED_000)
+    path = write(NEURAL_COMPRESSOR_YAML)
     assert WeightPruningConfig(path) == WeightPruningConfig(str(path)) == Pruning(str(path)).config == expected
     assert WeightPruningConfig(read_mapping(path)) == expected
 
 
 def test_seed_000_takes_the_steps_of_the_template(write):
-    pruner = Pruning(str(write(SEED_000)))
+    pruner = Pruning(str(write(NEURAL_COMPRESSOR_YAML)))
     pruner.update_items_for_all_pruners(start_step=5, end_step=5000)
     assert [(p.start_step, p.end_step, p.pattern) for p in pruner.config.pruners] == [
         (5, 5000, "1x1"),
@@ -144,7 +107,7 @@ def test_seed_000_selects_what_it_says(write):
     layers = {"0": nn.Conv2d(3, 4, 1), "2": nn.Sequential(OrderedDict(block)), "9": nn.Linear(4, 4)}
     head = nn.ModuleDict({"m": nn.ModuleList([nn.Conv2d(4, 4, 1)]), "cv3": nn.Conv2d(4, 4, 1)})
     model = nn.ModuleDict({"model": nn.ModuleDict({**layers, "33": head})})
-    pruner = Pruning(str(write(SEED_000)))
+    pruner = Pruning(str(write(NEURAL_COMPRESSOR_YAML)))
     pruner.model = model
     pruner.on_train_begin()
     selected = [[weight.target.layer for weight in group.weights] for group in pruner.groups]
@@ -193,11 +156,11 @@ def test_a_section_without_pruners_is_one_pruner(write):
 
 def test_an_error_in_a_file_names_the_place_in_it(write):
     with pytest.raises(ValueError) as caught:
-        WeightPruningConfig(write(SEED_000.replace('"global" #', '"globe" #')))
+        WeightPruningConfig(write(NEURAL_COMPRESSOR_YAML.replace('"global" #', '"globe" #')))
     where = "pruning.approach.weight_compression_pytorch.pruners[0].prune_domain: "
     assert str(caught.value) == where + "wrong value, got 'globe'; it must be 'global' or 'local'"
     with pytest.raises(ValueError) as caught:
-        WeightPruningConfig(write(SEED_000.replace("end_step: 0", "end_stop: 0")))
+        WeightPruningConfig(write(NEURAL_COMPRESSOR_YAML.replace("end_step: 0", "end_stop: 0")))
     assert str(caught.value).startswith("pruning.approach.weight_compression_pytorch.end_stop: unknown option, got 0; ")
 
 
@@ -276,7 +239,7 @@ def test_a_byte_order_mark_is_no_text(write):
 
 
 def test_what_is_read_is_new_every_time(write):
-    path = write(SEED_000)
+    path = write(NEURAL_COMPRESSOR_YAML)
     read_mapping(path)["pruning"].clear()
     assert read_mapping(path)["pruning"]
 
@@ -448,7 +411,7 @@ def test_damaged_files_end_in_one_kind_of_error(write):
     chance = random.Random(0)
     kinds = set()
     for _ in range(300):
-        data = bytearray(SEED_000.encode())
+        data = bytearray(NEURAL_COMPRESSOR_YAML.encode())
         for _ in range(chance.randrange(1, 6)):
             data[chance.randrange(len(data))] = chance.choice(b"\t\n :[]{}!&*?|>'\"%@`#,-~<=0aA\xff\x00")
         path = write(bytes(data[: chance.randrange(len(data))] if chance.random() < 0.3 else data))
