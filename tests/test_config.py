@@ -612,7 +612,7 @@ def test_a_wrong_global_value_is_no_error_where_every_pruner_overrides_it():
 
 
 def test_exclusions_add_up():
-    """The global ``not_to_prune_names`` holds beside the local ``exclude_names`` (in seed 000 both are given)."""
+    """The global ``not_to_prune_names`` holds beside the local ``exclude_names`` (the sample file gives both)."""
     model = nn.Sequential(OrderedDict((name, nn.Linear(4, 4)) for name in ("one", "two", "three")))
     pruner = Pruning({"pruning_configs": [{"exclude_names": ["two"]}], "not_to_prune_names": ["one"]})
     pruner.model = model
