@@ -1,7 +1,7 @@
 """Cost of the masking engine: mask updates, hooks per step, memory; beside AdamW and beside Neural Compressor 2.6.
 
     python -m benchmarks.engine [--peer-python PATH] [--json FILE] [--repeats N] [--peer-repeats N]
-                                [--models yolov5s,bert-base] [--allocator steady|system]
+                                [--cases bert-base/4x1,yolov5s/1x1] [--allocator steady|system]
 
 Every case runs in fresh processes of one thread: ``--repeats`` of them for CPU time, of which the median counts, and
 one for memory; the peer's take turns with ours. ``benchmarks.measure`` says what is measured and how. The bars are
@@ -45,6 +45,10 @@ WHAT = {
     "cooldown": "hooks per step, in cooldown",
 }
 PEER_COMMANDS = [line.strip() for line in (__doc__ or "").splitlines()[-4:] if line.strip()]
+
+
+def name_of(case: Case) -> str:
+    return f"{case.model}/{case.pattern}"
 
 
 @dataclass(frozen=True)
@@ -194,11 +198,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--allocator", choices=["steady", "system"], default="steady", help="settings of malloc, see benchmarks.measure"
     )
-    parser.add_argument("--models", default="yolov5s,bert-base", help="which models (default yolov5s,bert-base)")
+    known = [name_of(case) for case in CASES]
+    parser.add_argument(
+        "--cases", default=",".join(known), help=f"which models and patterns (default {','.join(known)})"
+    )
     options = parser.parse_args()
-    unknown = set(options.models.split(",")) - {case.model for case in CASES}
+    options.cases = options.cases.split(",")
+    unknown = sorted(set(options.cases) - set(known))
     if unknown:
-        parser.error(f"--models: unknown model, got {', '.join(sorted(unknown))}; use yolov5s, bert-base or both")
+        parser.error(f"--cases: unknown case, got {', '.join(unknown)}; known: {', '.join(known)}")
     if min(options.repeats, options.peer_repeats) < 1:
         parser.error("--repeats and --peer-repeats: must be at least 1")
     return options
@@ -212,8 +220,8 @@ def main() -> None:
         peer = str(Path(options.peer_python).absolute())
         sides["peer"] = (peer, "peer_neural_compressor", options.peer_repeats)
     results, lines = [], []
-    for case in [case for case in CASES if case.model in options.models.split(",")]:
-        print(f"{case.model} {case.pattern} ...", file=sys.stderr, flush=True)
+    for case in [case for case in CASES if name_of(case) in options.cases]:
+        print(f"{name_of(case)} ...", file=sys.stderr, flush=True)
         results.append((case, side_by_side(case, sides, options.allocator == "steady")))
         lines += rows(*results[-1])
     print(table(lines))
