@@ -1,5 +1,6 @@
 """Code in the documents runs, links lead somewhere, commands work."""
 
+import os
 import re
 import subprocess
 import sys
@@ -52,7 +53,8 @@ def test_links_lead_to_files(page):
 
 def run(*command, cwd=ROOT):
     command = [sys.executable, *command]
-    return subprocess.run(command, check=False, cwd=cwd, capture_output=True, text=True, timeout=300)
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # two threads beside two test workers wait for each other
+    return subprocess.run(command, check=False, cwd=cwd, env=alone, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow
