@@ -85,6 +85,11 @@ class Report:
         text = json.dumps(self.to_dict(), indent=2) + "\n"
         write_atomically(path, lambda file: file.write(text.encode()))
 
+    def save_markdown(self, path: str | Path) -> None:
+        """The table as it is printed, in a code block: it renders everywhere."""
+        text = f"# Pruning report\n\n```text\n{self}\n```\n"
+        write_atomically(path, lambda file: file.write(text.encode()))
+
     def __str__(self) -> str:
         lines = [] if self.step is None else [f"step {self.step}"]
         for group in self.groups:

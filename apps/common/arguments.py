@@ -1,0 +1,64 @@
+"""Command lines: an unknown option is answered with the nearest known one, and rank 0 alone speaks."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+from pruning_core.registry import did_you_mean
+
+EXIT_BAD_INPUT = 2
+RANK_0_SPEAKS_WITHIN = 20.0  # seconds
+
+
+class Parser(argparse.ArgumentParser):
+    """No abbreviations: ``--epoch`` would silently be ``--epochs`` today and ambiguous tomorrow."""
+
+    def __init__(self, *, description: str, epilog: str) -> None:
+        style = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, epilog=epilog, formatter_class=style, allow_abbrev=False)
+        self.gone: dict[str, str] = {}
+        """Options of older programs -> what takes their place."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):  # type: ignore[override]
+        options, unknown = self.parse_known_args(args, namespace)
+        for word in unknown:
+            self.error(self._unknown(word.partition("=")[0]))
+        return options
+
+    def _unknown(self, word: str) -> str:
+        if not word.startswith("-"):
+            return f"arguments: unexpected {word!r}; every value follows an --option"
+        if word in self.gone:
+            return f"{word}: is no option here; {self.gone[word]}"
+        return f"{word}: unknown option; {did_you_mean(word, self._option_string_actions)}"
+
+    def given(self, args: Sequence[str] | None = None) -> dict[str, object]:
+        """Only what stands on the command line, without the defaults."""
+        defaults = {action.dest: action.default for action in self._actions}
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        try:
+            return vars(self.parse_args(args))
+        finally:
+            for action in self._actions:
+                action.default = defaults[action.dest]
+
+    def error(self, message: str) -> NoReturn:
+        leave(message.removeprefix("argument "))
+
+
+def leave(message: str) -> NoReturn:
+    """Prints one line on rank 0 and exits with code 2.
+
+    torchrun ends every process as soon as one of them fails. The others wait, so that rank 0 can speak first.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+    else:
+        time.sleep(RANK_0_SPEAKS_WITHIN)
+    sys.exit(EXIT_BAD_INPUT)

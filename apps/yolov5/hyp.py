@@ -1,0 +1,66 @@
+"""``--hyp``: today's hyperparameters, and those of the old yolov5 repository translated with one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from apps.common.errors import BadInput
+from pruning_core.registry import did_you_mean
+
+KEYS = (
+    *("lr0", "lrf", "momentum", "weight_decay", "warmup_epochs", "warmup_momentum", "warmup_bias_lr", "nbs"),
+    *("box", "cls", "dfl", "hsv_h", "hsv_s", "hsv_v", "degrees", "translate", "scale", "shear", "perspective"),
+    *("flipud", "fliplr", "bgr", "mosaic", "close_mosaic", "mixup", "cutmix", "copy_paste"),
+)
+DROPPED = {
+    "obj": "today's head has no objectness",
+    "obj_pw": "today's head has no objectness",
+    "iou_t": "today's head has no anchors",
+    "anchor_t": "today's head has no anchors",
+    "anchors": "today's head has no anchors",
+    "fl_gamma": "today's loss has no focal term",
+    "label_smoothing": "today's targets are soft already",
+    "cls_pw": "it was the weight of positives, and means class balancing by frequency today",
+}
+OLD_ONLY = ("obj", "obj_pw", "iou_t", "anchor_t", "anchors", "fl_gamma")
+GAINS = {"box": (0.05, 7.5), "cls": (0.5, 0.5)}
+"""Loss gain -> its default in the old repository, its default today."""
+
+
+def read_hyp(path: str | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """The given hyperparameters under today's names. Empty without a file: then upstream's defaults hold."""
+    if path is None:
+        return {}
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"--hyp: no such file, got {path!r}; leave it out for the defaults") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadInput(f"--hyp: not a yaml file ({' '.join(str(error).split())}), got {path!r}") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"--hyp: must hold 'name: number' lines, got {path!r}; see recipes/hyp.finetune.yaml")
+    return translate(content, say)
+
+
+def translate(content: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """An old file is known by keys that only old files have."""
+    old = any(key in content for key in OLD_ONLY)
+    today: dict[str, Any] = {}
+    for key, value in content.items():
+        if key in DROPPED:
+            say(f"--hyp: {key}: {value} is left out: {DROPPED[key]}")
+        elif key not in KEYS:
+            raise BadInput(f"--hyp: unknown key, got {key!r}; {did_you_mean(key, KEYS)}")
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            raise BadInput(f"--hyp: {key}: must be a number, got {value!r}")
+        elif old and key in GAINS:
+            before, now = GAINS[key]
+            today[key] = float(f"{now * value / before:.6g}")
+            say(f"--hyp: {key}: {value} becomes {today[key]:g}: the old default {before:g} is {now:g} today")
+        else:
+            today[key] = value
+    return today

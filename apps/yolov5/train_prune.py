@@ -1,0 +1,402 @@
+"""Train, prune and distil a YOLOv5 model. Read it top to bottom: ``main``, ``train``, ``one_epoch``, ``judge``, ``finish``.
+
+    python apps/yolov5/train_prune.py --help
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from apps.common.arguments import leave
+from apps.yolov5.arguments import parser
+
+if __name__ == "__main__":
+    OPTIONS, GIVEN = parser().parse_args(), parser().given()  # before the slow imports: mistakes are answered at once
+
+import contextlib
+from argparse import Namespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from apps.common import ranks as processes
+from apps.common.errors import BadInput
+from apps.common.interrupt import Interrupt
+from apps.common.ranks import Ranks
+from apps.common.run_folder import ResultsTable, new_folder, write_yaml
+from apps.yolov5 import results
+from apps.yolov5 import ultralytics_adapter as adapter
+from apps.yolov5.data_set import to_device
+from apps.yolov5.hyp import KEYS
+from apps.yolov5.run import RESUME, Run, build, plain_option, results_table, resume_state
+from pruning_core import checkpoint
+
+
+def main(options: Namespace, given: dict[str, Any]) -> int:
+    try:
+        ranks = processes.start(options.device)
+        with ranks.together():  # what is wrong on one rank ends all of them, before anything is written
+            run = build(options, given, ranks)
+    except BadInput as error:
+        leave(str(error))
+    with Interrupt() as interrupt:
+        try:
+            return train(run, interrupt)
+        finally:
+            processes.leave_group()
+
+
+def train(run: Run, interrupt: Interrupt) -> int:
+    options, ranks, progress = run.options, run.ranks, run.progress
+    folder = open_folder(run)
+    table = results_table(run, folder)
+    net = wrap(run)
+    evaluator = adapter.Evaluator(run.hyp, run.data.names, ranks.device, folder)
+    introduce(run, folder)
+    if run.pruner and run.start and not progress.dense_metrics:
+        measure_dense(run, evaluator, folder)
+    writer = tensorboard(folder) if ranks.first else None
+    began = time.monotonic() - progress.seconds
+
+    while progress.epoch < options.epochs:
+        if progress.epoch >= options.epochs - run.hyp.close_mosaic:
+            adapter.close_mosaic(run.train_batches.images, run.hyp)
+        finished = one_epoch(run, net, interrupt, began)
+        progress.seconds = time.monotonic() - began
+        check_loss(run)
+        final = progress.epoch + 1 == options.epochs
+        if not finished or not options.nosave:
+            save_state(run, folder)  # before the evaluation: a kill during it costs nothing
+        if not finished:
+            return stopped(run, folder, interrupt)
+        metrics = evaluate(run, run.ema.ema, evaluator) if final or not options.noval else {}
+        stop = ranks.from_first(judge(run, metrics, folder, table, final) if ranks.first else None)
+        progress.epoch, progress.batch, progress.sums = progress.epoch + 1, 0, {}
+        progress.rows, progress.seconds = table.rows, time.monotonic() - began
+        if writer is not None:
+            for name, value in table.rows[-1].items():
+                writer.add_scalar(name, value, progress.epoch)
+        if not options.nosave:
+            save_state(run, folder)
+        if stop:
+            break
+        if ranks.any(interrupt.signal is not None):
+            return stopped(run, folder, interrupt)
+    finish(run, evaluator, folder, table)
+    return 0
+
+
+def one_epoch(run: Run, net: nn.Module, interrupt: Interrupt, began: float) -> bool:
+    """Trains to the end of the epoch, or to the optimizer step after a signal: then False."""
+    options, ranks, timeline, progress, pruner = run.options, run.ranks, run.timeline, run.progress, run.pruner
+    net.train()
+    for name, module in run.model.named_modules():
+        if isinstance(module, nn.BatchNorm2d) and name.startswith(run.frozen):
+            module.eval()
+    batches = run.train_batches.epoch(progress.epoch, first=progress.batch)
+    bar = tqdm(batches, disable=None if ranks.first else True, leave=False, unit="batch")
+    for batch in bar:
+        number = progress.epoch * timeline.batches + progress.batch  # since training began
+        set_rates(run, number)
+        if pruner:
+            pruner.on_step_begin(local_step=timeline.steps_before(number))
+        batch = to_device(batch, ranks.device)
+        last_of_step = timeline.ends_step(number)
+        with contextlib.nullcontext() if last_of_step or ranks.size == 1 else net.no_sync():
+            with torch.autocast(ranks.device.type, dtype=run.amp or torch.bfloat16, enabled=run.amp is not None):
+                loss, items = losses(run, net, batch)
+            run.scaler.scale(loss * ranks.size).backward()  # ranks' gradients are averaged; the loss is a sum
+        for name, value in items.items():
+            progress.sums[name] = progress.sums.get(name, torch.zeros((), device=ranks.device)) + value.detach()
+        progress.batch += 1
+        if not last_of_step:
+            continue
+
+        run.scaler.unscale_(run.optimizer)
+        nn.utils.clip_grad_norm_(run.model.parameters(), max_norm=10.0)
+        if pruner:
+            pruner.on_before_optimizer_step()
+        run.scaler.step(run.optimizer)
+        if pruner:
+            pruner.on_after_optimizer_step()
+        run.scaler.update()
+        run.optimizer.zero_grad()
+        run.ema.update(run.model)
+        if not bar.disable:
+            bar.set_description_str(status(run, time.monotonic() - began))
+        if ranks.any(interrupt.signal is not None):
+            break
+    return progress.batch == timeline.batches
+
+
+def losses(run: Run, net: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The sum to minimize, scaled with the number of images as upstream does, and its parts by name."""
+    outputs = net(batch["img"])
+    parts, items = run.criterion(outputs, batch)
+    loss = parts.sum()
+    if run.distillation is not None:
+        with torch.no_grad():
+            taught = run.teacher(batch["img"])
+        terms = run.distillation(adapter.detections(outputs), adapter.detections(taught))
+        loss = loss + run.options.dist_weight * sum(terms.values()) * len(batch["img"])
+        items = {**items, **{f"dist_{name}_loss": run.options.dist_weight * term for name, term in terms.items()}}
+    return loss, items
+
+
+def set_rates(run: Run, number: int) -> None:
+    """Learning rate and momentum of this batch: warm-up, then decay."""
+    hyp, timeline = run.hyp, run.timeline
+    for group in run.optimizer.param_groups:
+        group["lr"] = timeline.learning_rate(
+            number,
+            first=hyp.lr0,
+            last_factor=hyp.lrf,
+            cosine=run.options.cos_lr,
+            warmup_from=hyp.warmup_bias_lr if group["kind"] == "bias" else 0.0,
+        )
+        if "momentum" in group:
+            group["momentum"] = timeline.momentum(number, full=hyp.momentum, warmup_from=hyp.warmup_momentum)
+
+
+def evaluate(run: Run, model: nn.Module, evaluator: adapter.Evaluator) -> dict[str, float]:
+    """Every rank evaluates its share of the images with rank 0's weights. The metrics, on rank 0."""
+    if run.pruner is not None and model is run.ema.ema:
+        run.pruner.mask_(model)  # an average of pruned weights is not sparse
+    if run.ranks.size > 1:
+        for buffer in model.buffers():  # running statistics are each rank's own
+            torch.distributed.broadcast(buffer, 0)
+    return evaluator.evaluate(model, run.val_batches, run.criterion, run.ranks)
+
+
+def judge(run: Run, metrics: dict[str, float], folder: Path, table: ResultsTable, final: bool) -> bool:
+    """Writes down the epoch and keeps the models worth keeping. True: no better one for ``--patience`` epochs.
+
+    While weights become zero nothing is "best": the choice starts anew at the first model that has reached its target.
+    """
+    options, progress = run.options, run.progress
+    row = row_of(run, metrics)
+    table.add(row)
+    fraction = (progress.epoch + 1) / options.epochs
+    run.ranks.say(results.epoch_line(row, options.epochs, progress.seconds * (1 / fraction - 1)))
+    fitness = metrics.get("fitness")
+    best = None
+    if run.pruner is None or target_reached(run):
+        best = ("best.pt", progress.best)
+    elif not any(group.share(run.pruner.step) for group in run.pruner.groups):
+        best = ("best_dense.pt", progress.best_dense)
+    better = best is not None and fitness is not None and fitness > best[1].get("fitness", -1.0)
+    if better:
+        best[1].update(metrics, epoch=float(progress.epoch + 1), fitness=fitness)
+    if final or not options.nosave:
+        save_model(run, run.ema.ema, folder / "weights/last.pt", metrics)
+        if better:
+            save_model(run, run.ema.ema, folder / "weights" / best[0], metrics)
+        if options.save_period > 0 and (progress.epoch + 1) % options.save_period == 0:
+            save_model(run, run.ema.ema, folder / f"weights/epoch{progress.epoch + 1}.pt", metrics)
+    waited = progress.epoch + 1 - progress.best.get("epoch", progress.epoch + 1)
+    if options.patience and waited >= options.patience and not final:
+        run.ranks.say(f"no better model for {options.patience} epochs (--patience): stopping")
+        return True
+    return False
+
+
+def finish(run: Run, evaluator: adapter.Evaluator, folder: Path, table: ResultsTable) -> None:
+    """Measures the file that is shipped, and says what came of the run."""
+    ranks, progress = run.ranks, run.progress
+    if run.pruner is not None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run.pruner.on_train_end()
+        for warning in caught:
+            ranks.say(str(warning.message))
+    best = folder / "weights/best.pt"
+    shipped = best if ranks.from_first(best.is_file()) else folder / "weights/last.pt"
+    model = adapter.load_model(shipped, "weights").to(ranks.device)
+    metrics = evaluate(run, model, evaluator)
+    if not ranks.first:
+        return
+    rows = []
+    if run.pruner is None:
+        rows.append((f"dense ({shipped.name})", metrics, None, None, shipped.stat().st_size))
+    else:
+        if progress.dense_metrics:
+            source = Path(run.options.weights)
+            size = source.stat().st_size if source.is_file() else 0
+            rows.append((f"dense ({source.name})", progress.dense_metrics, None, None, size))
+        asked, reached = shares(run, model)
+        rows.append((f"sparse ({shipped.name})", metrics, asked, reached, shipped.stat().st_size))
+        report(run, metrics, folder)
+    if not run.options.noplots:
+        results.plot(table, folder / "results.png")
+    print(f"\n{run.options.epochs} epochs in {results.duration(progress.seconds)}, all in {folder}")
+    print(results.last_table(rows))
+    if run.pruner is not None:
+        print("Zeros do not shrink a .pt file or speed up a dense kernel by themselves; see the app's README.")
+    (folder / RESUME).unlink(missing_ok=True)
+
+
+# ---- small parts ----------------------------------------------------------------------------------------------------
+
+
+def open_folder(run: Run) -> Path:
+    """The run's folder with its settings in it."""
+    options, ranks = run.options, run.ranks
+    if options.resume:
+        return Path(options.folder)
+    folder = new_folder(options.project, options.name, exist_ok=options.exist_ok) if ranks.first else None
+    folder = ranks.from_first(folder)
+    if ranks.first:
+        (folder / "weights").mkdir(parents=True, exist_ok=True)
+        write_yaml(folder / "args.yaml", {name: plain_option(value) for name, value in vars(options).items()})
+        write_yaml(folder / "hyp.yaml", {key: getattr(run.hyp, key) for key in KEYS})
+        if run.pruner is not None:
+            write_yaml(folder / "pruning_config.yaml", run.pruner.config.to_dict())
+    return folder
+
+
+def wrap(run: Run) -> nn.Module:
+    """The model as the loop calls it: with its ranks, and with batch statistics over all of them if asked."""
+    ranks = run.ranks
+    if ranks.size == 1:
+        return run.model
+    if run.options.sync_bn:
+        if ranks.device.type != "cuda":
+            ranks.say("--sync-bn: needs CUDA, so each rank keeps its own batch statistics")
+        else:
+            nn.SyncBatchNorm.convert_sync_batchnorm(run.model)
+    return DistributedDataParallel(run.model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
+
+
+def introduce(run: Run, folder: Path) -> None:
+    options, timeline, ranks = run.options, run.timeline, run.ranks
+    if run.progress.epoch or run.progress.batch:
+        ranks.say(f"going on with {folder} in epoch {run.progress.epoch + 1}, after batch {run.progress.batch}")
+    images, held_out = len(run.train_batches.images), len(run.val_batches.dataset)
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    ranks.say(
+        f"{images} training and {held_out} validation images, {len(run.data.names)} classes; {parameters:,} parameters; "
+        f"{ranks.size} {'rank' if ranks.size == 1 else 'ranks'} on {ranks.device.type}"
+    )
+    ranks.say(f"{options.epochs} epochs of {timeline.batches} batches, {timeline.steps} optimizer steps; writing {folder}")
+    if run.pruner is not None:
+        window = f"steps {timeline.pruning_starts} to {timeline.pruning_ends}"
+        targets = ", ".join(f"{group.options.target_sparsity:.0%} in {group.options.pattern}" for group in run.pruner.groups)
+        ranks.say(f"pruning {targets} in {window}, then {options.cooldown_epochs} epochs with fixed masks")
+        layers = sum(len(group.weights) for group in run.pruner.groups)
+        weights = sum(group.total for group in run.pruner.groups)
+        ranks.say(f"{layers} layers take part, {weights:,} weights")
+    if run.distillation is not None:
+        ranks.say(f"learning from {options.teacher_weights or options.weights} as well ({options.dist_loss})")
+
+
+def measure_dense(run: Run, evaluator: adapter.Evaluator, folder: Path) -> None:
+    """The model that pruning starts from: the figure to beat."""
+    start = run.start.to(run.ranks.device)
+    metrics = evaluate(run, start, evaluator)
+    run.start = None
+    if not run.ranks.first:
+        return
+    run.progress.dense_metrics = metrics
+    run.progress.best_dense = {**metrics, "epoch": 0.0}
+    save_model(run, start, folder / "weights/best_dense.pt", metrics)
+    run.ranks.say(f"dense: mAP50 {metrics[results.MAP50]:.3f} mAP50-95 {metrics[results.BOTH]:.3f}")
+
+
+def row_of(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
+    progress = run.progress
+    row: dict[str, Any] = {"epoch": progress.epoch + 1, "time": progress.seconds}
+    row.update({f"train/{name}": float(value) / run.timeline.batches for name, value in progress.sums.items()})
+    row.update({name: value for name, value in metrics.items() if name != "fitness"})
+    row.update({f"lr/{group['kind']}": group["lr"] for group in run.optimizer.param_groups})
+    if run.pruner is not None:
+        row[results.ASKED], row[results.REACHED] = shares(run, run.ema.ema)
+        row["pruner_step"] = run.pruner.step
+    return row
+
+
+def shares(run: Run, model: nn.Module) -> tuple[float, float]:
+    """Asked and counted share of zeros among the weights that take part."""
+    groups, step = run.pruner.groups, run.pruner.step
+    total = sum(group.total for group in groups)
+    parameters = dict(model.named_parameters())
+    kept = sum(int(parameters[name].count_nonzero()) for name in run.pruner.masks())
+    return sum(group.share(step) * group.total for group in groups) / total, 1 - kept / total
+
+
+def target_reached(run: Run) -> bool:
+    return all(group.done for group in run.pruner.groups)
+
+
+def status(run: Run, seconds: float) -> str:
+    progress, timeline = run.progress, run.timeline
+    done = progress.epoch * timeline.batches + progress.batch
+    left = seconds / done * (timeline.epochs * timeline.batches - done)
+    loss = sum(float(value) for value in progress.sums.values()) / progress.batch
+    parts = [f"epoch {progress.epoch + 1}/{timeline.epochs}", f"loss {loss:.3g}"]
+    if run.pruner is not None:
+        share = sum(group.share(run.pruner.step) * group.total for group in run.pruner.groups)
+        parts.append(f"sparsity {share / sum(group.total for group in run.pruner.groups):.1%}")
+    if run.ranks.device.type == "cuda":
+        parts.append(f"GPU {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB")
+    return "  ".join([*parts, f"{results.duration(left)} left"])
+
+
+def check_loss(run: Run) -> None:
+    bad = [name for name, value in run.progress.sums.items() if not torch.isfinite(value)]
+    if run.ranks.any(bool(bad)):
+        do = "the state before this epoch is kept; lower lr0 in --hyp"
+        leave(f"loss: is not finite in epoch {run.progress.epoch + 1}, got {', '.join(bad) or 'it on another rank'}; {do}")
+
+
+def save_model(run: Run, model: nn.Module, path: Path, metrics: dict[str, float]) -> None:
+    arguments = {**vars(run.hyp), "data": run.options.data, "epochs": run.options.epochs, "batch": run.options.batch_size}
+    adapter.save_model(model, path, arguments=arguments, metrics=metrics, epoch=run.progress.epoch)
+
+
+def save_state(run: Run, folder: Path) -> None:
+    if run.ranks.first:
+        checkpoint.save(resume_state(run), folder / RESUME)
+
+
+def stopped(run: Run, folder: Path, interrupt: Interrupt) -> int:
+    progress = run.progress
+    run.ranks.say(f"stopped in epoch {progress.epoch + 1} after batch {progress.batch}; everything is saved. Go on with:")
+    run.ranks.say(f"  --resume {folder}")
+    return interrupt.exit_code
+
+
+def report(run: Run, metrics: dict[str, float], folder: Path) -> None:
+    """The table of every layer, as text, JSON and a picture."""
+    named = {"dense": run.progress.dense_metrics, "sparse": metrics}
+    run.pruner.metrics = {
+        f"{kind} {name.removeprefix('metrics/')}": round(values[name], 4)
+        for kind, values in named.items()
+        for name in (results.MAP50, results.BOTH)
+        if name in values
+    }
+    made = run.pruner.report()
+    made.save_json(folder / "pruning_report.json")
+    made.save_markdown(folder / "pruning_report.md")
+    if not run.options.noplots:
+        made.plot(folder / "pruning_report.png")
+
+
+def tensorboard(folder: Path) -> Any:
+    """A writer when TensorBoard is installed, else None."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main(OPTIONS, GIVEN))

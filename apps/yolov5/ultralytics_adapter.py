@@ -1,0 +1,287 @@
+"""Everything that this app takes from ultralytics, and nothing else imports it. ultralytics is AGPL-3.0.
+
+Model, data set, loss, moving average and metrics come from there. Pinned to the range in ``SUPPORTED``;
+``tests/test_yolov5_adapter.py`` is the contract: it fails when that package moves under us.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from copy import copy, deepcopy
+from datetime import UTC, datetime
+from importlib.metadata import version
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+# Read once, at import: no network, no telemetry, no package is installed, no pickled code is run.
+os.environ.setdefault("YOLO_OFFLINE", "true")
+os.environ.setdefault("YOLO_AUTOINSTALL", "false")
+os.environ.setdefault("ULTRALYTICS_SKIP_REQUIREMENTS_CHECKS", "1")
+os.environ.setdefault("ULTRALYTICS_SAFE_LOAD", "true")
+os.environ.setdefault("YOLO_VERBOSE", "false")
+
+import torch
+from torch import Tensor, nn
+from ultralytics.cfg import get_cfg
+from ultralytics.data.dataset import YOLODataset
+from ultralytics.models.yolo.detect import DetectionValidator
+from ultralytics.nn.tasks import DetectionModel, load_checkpoint, torch_safe_load
+from ultralytics.utils import LOGGER, nms
+from ultralytics.utils.torch_utils import ModelEMA
+
+from apps.common.errors import BadInput
+from pruning_core.checkpoint import write_atomically
+from pruning_core.distillation import Detections
+
+LOGGER.setLevel("ERROR")
+
+SUPPORTED = ("8.4.100", "8.5")
+"""The lowest version tested, and the first one that is not."""
+
+Model = DetectionModel
+Ema = ModelEMA
+SCALES = "nsmlx"
+SECONDS_PER_IMAGE = 1e6
+"""Upstream's non-maximum suppression drops the images that are left when its time is up. Ours takes the time it needs."""
+
+
+def check_version() -> None:
+    installed = version("ultralytics")
+    low, high = (tuple(int(part) for part in bound.split(".")) for bound in SUPPORTED)
+    here = tuple(int(part) for part in re.findall(r"\d+", installed)[:3])
+    if not low <= here < high:
+        do = f"pip install 'ultralytics>={SUPPORTED[0]},<{SUPPORTED[1]}'"
+        raise BadInput(f"ultralytics: this version was never tested here, got {installed}; {do}")
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+def architecture(name: str) -> str:
+    """``yolov5s``, ``yolov5s6``, ``yolov5s-p6.yaml`` ... -> the name upstream has today; other ``.yaml`` files as given."""
+    known = re.fullmatch(rf"yolov5([{SCALES}])(6|-p6)?u?(\.yaml|\.yml)?", Path(name).name)
+    if known and not Path(name).is_file():
+        return f"yolov5{known[1]}{'-p6' if known[2] else ''}.yaml"
+    if name.endswith((".yaml", ".yml")) and Path(name).is_file():
+        return name
+    kinds = ", ".join(f"yolov5{scale}" for scale in SCALES)
+    raise BadInput(f"--cfg: no such model, got {name!r}; use {kinds}, each also as yolov5s6, or a model yaml")
+
+
+def new_model(name: str | dict[str, Any], names: dict[int, str]) -> Model:
+    """A fresh model of an architecture (its name, or the ``model.yaml`` of another model)."""
+    config = architecture(name) if isinstance(name, str) else deepcopy(name)
+    try:
+        return _dressed(DetectionModel(config, nc=len(names), verbose=False), names)
+    except (KeyError, TypeError, IndexError, SyntaxError, AttributeError) as error:
+        raise BadInput(f"--cfg: upstream cannot build it ({error}), got {name}; see yolov5n.yaml") from error
+
+
+def load_model(path: str | Path, option: str) -> Model:
+    """The model inside an ultralytics checkpoint, in fp32. Loaded without running pickled code."""
+    if not Path(path).is_file():
+        hint = "nothing is downloaded: give a checkpoint that you have, or --cfg yolov5n.yaml to train from scratch"
+        raise BadInput(f"{option}: no such file, got {str(path)!r}; {hint}")
+    if Path(path).suffix != ".pt":
+        raise BadInput(f"{option}: must be a .pt checkpoint, got {str(path)!r}; use --cfg for a model yaml")
+    try:
+        model, _ = load_checkpoint(path)
+    except (TypeError, KeyError, AttributeError, ModuleNotFoundError, RuntimeError, EOFError) as error:
+        reason = " ".join(str(error).split())[:160]
+        do = "use a .pt of ultralytics 8 or of this app (old yolov5 repository files have another head)"
+        raise BadInput(f"{option}: not an ultralytics model ({reason}), got {str(path)!r}; {do}") from error
+    if not isinstance(model, DetectionModel):
+        raise BadInput(f"{option}: must hold a detection model, got {type(model).__name__}; use a yolov5 checkpoint")
+    return model
+
+
+def trainable_copy(model: Model, names: dict[int, str]) -> Model:
+    """A new model with the weights of a loaded one; loaded checkpoints may be fused or frozen."""
+    fresh = new_model(model.yaml, names)
+    fresh.load(model, verbose=False)
+    return fresh
+
+
+def _dressed(model: Model, names: dict[int, str]) -> Model:
+    model.nc, model.names = len(names), dict(names)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".dfl." not in name)  # the bins' distances 0, 1, 2, ...: a constant
+    return model
+
+
+def class_names(model: Model) -> dict[int, str]:
+    return {int(i): str(name) for i, name in dict(model.names).items()}
+
+
+def head_of(model: Model) -> str:
+    """The name of the detection head: ``model.24``, or ``model.33`` with P6."""
+    return f"model.{len(model.model) - 1}"
+
+
+def largest_stride(model: Model) -> int:
+    return max(int(model.stride.max()), 32)
+
+
+def hyperparameters(values: dict[str, Any]) -> SimpleNamespace:
+    """Upstream's settings with these changed; the loss and the augmentations read them."""
+    try:
+        return get_cfg(overrides={"task": "detect", "mode": "train", **values})
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"--hyp: {' '.join(str(error).split())}; see ultralytics' default.yaml") from error
+
+
+def criterion_of(model: Model, hyp: SimpleNamespace) -> Any:
+    """(outputs, batch) -> (three losses times the batch size, their names and values)."""
+    model.args = hyp
+    return model.init_criterion()
+
+
+def detections(outputs: Any) -> Detections:
+    """The raw head outputs, of a model in training or in eval mode."""
+    raw = outputs[1] if isinstance(outputs, tuple) else outputs
+    return Detections(scores=raw["scores"], bins=raw["boxes"], features=tuple(raw["feats"]))
+
+
+def save_model(model: Model, path: Path, *, arguments: dict[str, Any], metrics: dict[str, float], epoch: int) -> None:
+    """A checkpoint that ``ultralytics.YOLO(path)`` loads: the whole module in fp16, as upstream writes it."""
+    module = deepcopy(model).half().eval()
+    module.criterion = None
+    module.args = dict(arguments)
+    for value in module.state_dict().values():
+        if value.is_floating_point():
+            torch.nan_to_num_(value)  # what fp16 cannot hold
+    content = {
+        "epoch": epoch,
+        "model": module,
+        "ema": None,
+        "updates": None,
+        "optimizer": None,
+        "train_args": dict(arguments),
+        "train_metrics": metrics,
+        "date": datetime.now(UTC).isoformat(),
+        "version": version("ultralytics"),
+        "license": "AGPL-3.0 (https://ultralytics.com/license)",
+    }
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def content_of(path: Path) -> dict[str, Any]:
+    """All of what ``save_model`` wrote."""
+    return torch_safe_load(path)[0]
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+class Images(YOLODataset):
+    """Upstream's data set without its surprises: no pickled label cache is read or written, a bad image or label is an
+    error and not a smaller data set, and mosaics draw from the whole set, so that an image is a function of its seed.
+    """
+
+    def __init__(self, *args: Any, split: str, **kwargs: Any) -> None:
+        self.split = split
+        super().__init__(*args, **kwargs)
+        if self.augment and self.cache != "ram":
+            self.cache = "ram"  # tells mosaic to draw from the whole set instead of what was loaded lately
+            self.transforms = self.build_transforms(copy(kwargs["hyp"]))
+
+    def get_labels(self) -> list[dict[str, Any]]:
+        self.get_label_files()
+        verify, rows = self.verify_args()
+        with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
+            results = pool.map(verify, rows)
+        bad = [(file, result[-1]) for file, result in zip(self.im_files, results, strict=True) if result[0] is None]
+        if bad:
+            file, reason = bad[0]
+            reason = " ".join(str(reason).split()).partition("ignoring corrupt image/label: ")[2] or reason
+            more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+            raise BadInput(f"--data: {self.split}: {reason}, got {file}{more}; mend or remove the image and its label")
+        labels = [self.result_to_label(result)[0] for result in results]
+        if self.augment and not any(len(label["cls"]) for label in labels):
+            where = Path(self.label_files[0]).parent
+            raise BadInput(f"--data: {self.split}: no labels, got {where}; labels lie beside images, in labels/")
+        self.verify_labels(labels, Path(self.label_files[0]).parent)
+        return labels
+
+
+def images(
+    paths: list[str], *, split: str, names: dict[int, str], hyp: SimpleNamespace, size: int, batch: int, stride: int, cache: bool
+) -> Images:
+    """``split`` train augments; the others letterbox to the least shape a batch needs."""
+    train = split == "train"
+    return Images(
+        img_path=paths,
+        split=split,
+        imgsz=size,
+        batch_size=batch,
+        augment=train,
+        hyp=hyp,
+        rect=not train,
+        cache="ram" if cache else None,
+        stride=stride,
+        pad=0.0 if train else 0.5,
+        task="detect",
+        data={"names": names, "nc": len(names), "channels": 3},
+    )
+
+
+def close_mosaic(dataset: Images, hyp: SimpleNamespace) -> None:
+    dataset.close_mosaic(copy(hyp))
+
+
+collate = Images.collate_fn
+
+
+# ---- metrics --------------------------------------------------------------------------------------------------------
+
+
+class Evaluator(DetectionValidator):
+    """Upstream's metrics, step by step: on any device, on this rank's share of the images, and with no time limit."""
+
+    def __init__(self, hyp: SimpleNamespace, names: dict[int, str], device: torch.device, folder: Path) -> None:
+        settings = {**vars(hyp), "mode": "val", "plots": False, "save_json": False, "conf": None, "quantize": None}
+        super().__init__(None, save_dir=folder, args=settings)
+        self.device, self.data, self.names = device, {"names": names}, names
+
+    def postprocess(self, preds: Any) -> list[dict[str, Tensor]]:
+        found = nms.non_max_suppression(
+            preds,
+            self.args.conf,
+            self.args.iou,
+            multi_label=True,
+            agnostic=self.args.single_cls,
+            max_det=self.args.max_det,
+            max_time_img=SECONDS_PER_IMAGE,
+        )
+        return [{"bboxes": x[:, :4], "conf": x[:, 4], "cls": x[:, 5], "extra": x[:, 6:]} for x in found]
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, batches: Iterable[Any], criterion: Any, ranks: Any) -> dict[str, float]:
+        """Precision, recall, mAP50, mAP50-95 and the mean losses over all ranks' images. Empty except on rank 0."""
+        self.dataloader = batches
+        model.eval()
+        self.init_metrics(model)
+        losses: dict[str, float] = {}
+        seen = 0
+        for batch in batches:
+            batch = self.preprocess(batch)
+            outputs = model(batch["img"])
+            count = len(batch["img"])
+            for name, value in criterion(outputs, batch)[1].items():
+                losses[name] = losses.get(name, 0.0) + float(value) * count
+            seen += count
+            self.update_metrics(self.postprocess(outputs), batch)
+        parts = ranks.gather((self.metrics.stats, losses, seen))
+        if not ranks.first:
+            self.metrics.clear_stats()
+            return {}
+        self.metrics.stats = {key: [each for stats, _, _ in parts for each in stats[key]] for key in parts[0][0]}
+        total = sum(count for _, _, count in parts)
+        means = {f"val/{name}": sum(part.get(name, 0.0) for _, part, _ in parts) / total for name in parts[0][1]}
+        found = {name.removesuffix("(B)"): float(value) for name, value in self.get_stats().items()}
+        fitness = found.pop("fitness")
+        return {**found, **means, "fitness": fitness}
