@@ -78,7 +78,9 @@ class Ranks:
 
 def start(device: str) -> Ranks:
     """Joins the other processes: nccl on CUDA, gloo elsewhere."""
-    rank, size, local, local_size = (_environment(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    rank, size, local, local_size = (
+        _environment(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    )
     chosen = choose_device(device, local, local_size)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -111,14 +113,14 @@ def choose_device(device: str, local: int, local_size: int) -> torch.device:
             return torch.device("cpu")
         wanted = ",".join(str(i) for i in range(local_size))
     indices = wanted.removeprefix("cuda:").split(",")
-    if not all(index.isdigit() for index in indices):
+    if not all(index.isdecimal() for index in indices):
         raise BadInput(f"--device: unknown device, got {device}; use cpu, mps, cuda:0 or indices such as 0,1")
     if not torch.cuda.is_available():
         raise BadInput(f"--device: no CUDA device here, got {device}; use --device cpu")
     if len(indices) != local_size or len(set(indices)) != len(indices):
         do = f"start with torchrun --nproc_per_node {len(indices)}, or give {local_size} different indices"
         raise BadInput(f"--device: one CUDA device per process, got {device} for {local_size}; {do}")
-    index = int(indices[local])
-    if index >= torch.cuda.device_count():
-        raise BadInput(f"--device: {torch.cuda.device_count()} CUDA devices here, got index {index}; count from 0")
-    return torch.device("cuda", index)
+    highest = max(int(index) for index in indices)  # of all ranks: rank 0 speaks, and would wait for the others
+    if highest >= torch.cuda.device_count():
+        raise BadInput(f"--device: {torch.cuda.device_count()} CUDA devices here, got index {highest}; count from 0")
+    return torch.device("cuda", int(indices[local]))

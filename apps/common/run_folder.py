@@ -15,7 +15,7 @@ from pruning_core.checkpoint import write_atomically
 
 
 def new_folder(project: Path, name: str, *, exist_ok: bool) -> Path:
-    """``project/name``, or the first of ``name2``, ``name3``, ... that is free. With ``exist_ok`` it may hold an old run."""
+    """``project/name``, or the first of ``name2``, ``name3``, ... that is free; with ``exist_ok`` in any case."""
     folder, number = project / name, 2
     while folder.exists() and not exist_ok:
         folder, number = project / f"{name}{number}", number + 1

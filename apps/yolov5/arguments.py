@@ -26,7 +26,19 @@ GONE = {
     "--linear-lr": "linear is the default; leave it out",
     "--cache-images": "write --cache",
 }
-MAY_CHANGE = ("device", "workers", "cache", "noplots", "nosave", "noval", "save_period", "resume", "exist_ok", "project", "name")
+MAY_CHANGE = (
+    "device",
+    "workers",
+    "cache",
+    "noplots",
+    "nosave",
+    "noval",
+    "save_period",
+    "resume",
+    "exist_ok",
+    "project",
+    "name",
+)
 """Options that a resumed run may be given anew: they do not change its weights."""
 
 

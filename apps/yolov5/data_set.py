@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,7 +40,9 @@ def read_data(path: str) -> DataSet:
         raise BadInput(f"--data: must hold 'train:', 'val:' and 'names:', got {path!r}")
     folder = Path(path).resolve().parent
     root = content.get("path")
-    bases = [folder] if not root else [Path(root)] if Path(root).is_absolute() else [folder / root, Path(root).resolve()]
+    bases = (
+        [folder] if not root else [Path(root)] if Path(root).is_absolute() else [folder / root, Path(root).resolve()]
+    )
     splits = {split: _places(path, content, split, bases) for split in ("train", "val")}
     return DataSet(splits["train"], splits["val"], _names(path, content))
 
@@ -96,13 +99,13 @@ class TrainBatches:
         self.images, self.batch, self.workers, self.ranks, self.seed = images, batch, workers, ranks, seed
 
     def __len__(self) -> int:
-        share = -(-len(self.images) // self.ranks.size)
-        return -(-share // self.batch)
+        share = math.ceil(len(self.images) / self.ranks.size)
+        return math.ceil(share / self.batch)
 
     def epoch(self, epoch: int, first: int = 0) -> DataLoader:
         """The batches of one epoch from number ``first`` on. Workers live as long as the epoch."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
-        share = -(-len(order) // self.ranks.size)
+        share = math.ceil(len(order) / self.ranks.size)
         order = np.resize(order, share * self.ranks.size)[self.ranks.rank :: self.ranks.size]
         places = [(_mix(self.seed, epoch, self.ranks.rank, k), int(i)) for k, i in enumerate(order)]
         batches = [places[i : i + self.batch] for i in range(0, len(places), self.batch)]

@@ -28,6 +28,21 @@ RESUME = Path("weights/resume.pt")
 
 
 @dataclass
+class Progress:
+    """How far a run is: what a resumed run needs besides weights."""
+
+    epoch: int = 0
+    batch: int = 0
+    """Batches of this epoch that are done. All of them: the epoch waits for its evaluation."""
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    best_dense: dict[str, float] = field(default_factory=dict)
+    dense_metrics: dict[str, float] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass
 class Run:
     options: Namespace
     ranks: Ranks
@@ -47,7 +62,7 @@ class Run:
     start: adapter.Model | None = None
     """The model that ``--weights`` held: evaluated once, as the dense model that the sparse one is measured against."""
     frozen: tuple[str, ...] = ()
-    progress: Progress = field(default_factory=lambda: Progress())
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def amp(self) -> torch.dtype | None:
@@ -55,21 +70,6 @@ class Run:
         if chosen == "auto":
             chosen = "fp16" if self.ranks.device.type == "cuda" else "off"
         return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[chosen]
-
-
-@dataclass
-class Progress:
-    """How far a run is: what a resumed run needs besides weights."""
-
-    epoch: int = 0
-    batch: int = 0
-    """Batches of this epoch that are done. All of them: the epoch waits for its evaluation."""
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)
-    best_dense: dict[str, float] = field(default_factory=dict)
-    dense_metrics: dict[str, float] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
 
 
 def build(options: Namespace, given: dict[str, Any], ranks: Ranks) -> Run:
@@ -99,7 +99,9 @@ def _build(options: Namespace, ranks: Ranks, state: dict[str, Any] | None) -> Ru
     frozen = _freeze(model, options.freeze)
     stride = adapter.largest_stride(model)
     if options.img % stride:
-        raise BadInput(f"--img: must be a multiple of {stride}, got {options.img}; use {-(-options.img // stride) * stride}")
+        raise BadInput(
+            f"--img: must be a multiple of {stride}, got {options.img}; use {-(-options.img // stride) * stride}"
+        )
     batch = options.batch_size // ranks.size
     kind = {"names": data.names, "hyp": hyp, "size": options.img, "stride": stride, "cache": options.cache}
     training = adapter.images(data.train, split="train", batch=batch, **kind)
@@ -137,22 +139,32 @@ def _build(options: Namespace, ranks: Ranks, state: dict[str, Any] | None) -> Ru
 def _check(options: Namespace, ranks: Ranks) -> None:
     check_epochs(options.epochs, options.cooldown_epochs, options.do_prune)
     if not options.data:
-        raise BadInput("--data: is missing; make a small set with python data/shapes_detection.py --output datasets/shapes")
+        raise BadInput(
+            "--data: is missing; make a small set with python data/shapes_detection.py --output datasets/shapes"
+        )
     if not options.weights and not options.cfg:
         raise BadInput("--weights: is missing; give a checkpoint, or --cfg yolov5n to train from scratch")
     if options.batch_size % ranks.size:
-        raise BadInput(f"--batch-size: counts all ranks and must divide by their number {ranks.size}, got {options.batch_size}")
+        raise BadInput(
+            f"--batch-size: counts all ranks and must divide by their number {ranks.size}, got {options.batch_size}"
+        )
     if options.pruning_config and not options.do_prune:
-        raise BadInput(f"--pruning_config: does nothing without --do_prune, got {options.pruning_config}; add --do_prune")
+        raise BadInput(
+            f"--pruning_config: does nothing without --do_prune, got {options.pruning_config}; add --do_prune"
+        )
     if options.dist_loss and not (options.teacher_weights or options.weights):
         raise BadInput(f"--dist_loss: needs a dense teacher, got {options.dist_loss}; give --teacher_weights")
     if options.teacher_weights and not options.dist_loss:
-        raise BadInput(f"--teacher_weights: does nothing without --dist_loss, got {options.teacher_weights}; add --dist_loss kl")
+        raise BadInput(
+            f"--teacher_weights: does nothing without --dist_loss, got {options.teacher_weights}; add --dist_loss kl"
+        )
     if not 0 <= options.feature_weight < float("inf"):
         raise BadInput(f"--feature_weight: must not be negative, got {options.feature_weight}")
 
 
-def _model(options: Namespace, start: adapter.Model | None, names: dict[int, str], state: dict[str, Any] | None) -> adapter.Model:
+def _model(
+    options: Namespace, start: adapter.Model | None, names: dict[int, str], state: dict[str, Any] | None
+) -> adapter.Model:
     if state is not None:
         return adapter.new_model(state["architecture"], names)
     if start is None:
@@ -255,7 +267,7 @@ def _teacher(run: Run) -> adapter.Model:
 
 def load_resume_state(options: Namespace, ranks: Ranks) -> dict[str, Any]:
     folder = latest_folder(options.project, str(RESUME)) if options.resume is True else Path(options.resume)
-    if folder.is_file():  # .../weights/last.pt, as YOLOv5 users write it
+    if folder.suffix == ".pt":  # .../weights/last.pt, as YOLOv5 users write it
         folder = folder.parent.parent
     if not folder.is_dir():
         raise BadInput(f"--resume: no such run, got {str(options.resume)!r}; give its folder, as runs/train/exp")
@@ -270,7 +282,9 @@ def load_resume_state(options: Namespace, ranks: Ranks) -> dict[str, Any]:
         raise BadInput(f"--resume: no state of a yolov5 run, got {str(folder / RESUME)!r}")
     state["options"]["folder"] = str(folder)
     if state["ranks"] != ranks.size:
-        ranks.say(f"--resume: begun on {state['ranks']} ranks, goes on on {ranks.size}: the weights will differ a little")
+        ranks.say(
+            f"--resume: begun on {state['ranks']} ranks, goes on on {ranks.size}: the weights will differ a little"
+        )
     return state
 
 

@@ -86,8 +86,6 @@ def check_epochs(epochs: int, cooldown_epochs: int, do_prune: bool) -> None:
     if cooldown_epochs < 0:
         raise BadInput(f"--cooldown_epochs: must not be negative, got {cooldown_epochs}")
     if cooldown_epochs >= epochs:
-        raise BadInput(
-            f"--cooldown_epochs: must be below --epochs {epochs}, got {cooldown_epochs}; epochs before the cooldown prune"
-        )
+        raise BadInput(f"--cooldown_epochs: must be below --epochs {epochs}, got {cooldown_epochs}; the others prune")
     if cooldown_epochs and not do_prune:
         raise BadInput(f"--cooldown_epochs: does nothing without --do_prune, got {cooldown_epochs}; add --do_prune")

@@ -1,6 +1,6 @@
-"""Train, prune and distil a YOLOv5 model. Read it top to bottom: ``main``, ``train``, ``one_epoch``, ``judge``, ``finish``.
+"""Train, prune and distil a YOLOv5 model. Read on from ``main``: ``train``, ``one_epoch``, ``judge``, ``finish``.
 
-    python apps/yolov5/train_prune.py --help
+python apps/yolov5/train_prune.py --help
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from tqdm import tqdm
 from apps.common import ranks as processes
 from apps.common.errors import BadInput
 from apps.common.interrupt import Interrupt
-from apps.common.ranks import Ranks
 from apps.common.run_folder import ResultsTable, new_folder, write_yaml
 from apps.yolov5 import results
 from apps.yolov5 import ultralytics_adapter as adapter
@@ -96,7 +95,7 @@ def train(run: Run, interrupt: Interrupt) -> int:
 
 def one_epoch(run: Run, net: nn.Module, interrupt: Interrupt, began: float) -> bool:
     """Trains to the end of the epoch, or to the optimizer step after a signal: then False."""
-    options, ranks, timeline, progress, pruner = run.options, run.ranks, run.timeline, run.progress, run.pruner
+    ranks, timeline, progress, pruner = run.ranks, run.timeline, run.progress, run.pruner
     net.train()
     for name, module in run.model.named_modules():
         if isinstance(module, nn.BatchNorm2d) and name.startswith(run.frozen):
@@ -236,7 +235,7 @@ def finish(run: Run, evaluator: adapter.Evaluator, folder: Path, table: ResultsT
         report(run, metrics, folder)
     if not run.options.noplots:
         results.plot(table, folder / "results.png")
-    print(f"\n{run.options.epochs} epochs in {results.duration(progress.seconds)}, all in {folder}")
+    print(f"\n{epochs_of(progress.epoch)} in {results.duration(progress.seconds)}, all in {folder}")
     print(results.last_table(rows))
     if run.pruner is not None:
         print("Zeros do not shrink a .pt file or speed up a dense kernel by themselves; see the app's README.")
@@ -279,22 +278,30 @@ def introduce(run: Run, folder: Path) -> None:
     options, timeline, ranks = run.options, run.timeline, run.ranks
     if run.progress.epoch or run.progress.batch:
         ranks.say(f"going on with {folder} in epoch {run.progress.epoch + 1}, after batch {run.progress.batch}")
-    images, held_out = len(run.train_batches.images), len(run.val_batches.dataset)
+    images, held_out, ends = len(run.train_batches.images), len(run.val_batches.dataset), "" if ranks.size == 1 else "s"
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     ranks.say(
         f"{images} training and {held_out} validation images, {len(run.data.names)} classes; {parameters:,} parameters; "
-        f"{ranks.size} {'rank' if ranks.size == 1 else 'ranks'} on {ranks.device.type}"
+        f"{ranks.size} rank{ends} on {ranks.device.type}"
     )
-    ranks.say(f"{options.epochs} epochs of {timeline.batches} batches, {timeline.steps} optimizer steps; writing {folder}")
+    ranks.say(
+        f"{epochs_of(options.epochs)} of {timeline.batches} batches, {timeline.steps} optimizer steps; writing {folder}"
+    )
     if run.pruner is not None:
         window = f"steps {timeline.pruning_starts} to {timeline.pruning_ends}"
-        targets = ", ".join(f"{group.options.target_sparsity:.0%} in {group.options.pattern}" for group in run.pruner.groups)
-        ranks.say(f"pruning {targets} in {window}, then {options.cooldown_epochs} epochs with fixed masks")
+        targets = ", ".join(
+            f"{group.options.target_sparsity:.0%} in {group.options.pattern}" for group in run.pruner.groups
+        )
+        ranks.say(f"pruning {targets} in {window}, then {epochs_of(options.cooldown_epochs)} with fixed masks")
         layers = sum(len(group.weights) for group in run.pruner.groups)
         weights = sum(group.total for group in run.pruner.groups)
         ranks.say(f"{layers} layers take part, {weights:,} weights")
     if run.distillation is not None:
         ranks.say(f"learning from {options.teacher_weights or options.weights} as well ({options.dist_loss})")
+
+
+def epochs_of(count: int) -> str:
+    return f"{count} epoch" if count == 1 else f"{count} epochs"
 
 
 def measure_dense(run: Run, evaluator: adapter.Evaluator, folder: Path) -> None:
@@ -353,11 +360,18 @@ def check_loss(run: Run) -> None:
     bad = [name for name, value in run.progress.sums.items() if not torch.isfinite(value)]
     if run.ranks.any(bool(bad)):
         do = "the state before this epoch is kept; lower lr0 in --hyp"
-        leave(f"loss: is not finite in epoch {run.progress.epoch + 1}, got {', '.join(bad) or 'it on another rank'}; {do}")
+        leave(
+            f"loss: is not finite in epoch {run.progress.epoch + 1}, got {', '.join(bad) or 'it on another rank'}; {do}"
+        )
 
 
 def save_model(run: Run, model: nn.Module, path: Path, metrics: dict[str, float]) -> None:
-    arguments = {**vars(run.hyp), "data": run.options.data, "epochs": run.options.epochs, "batch": run.options.batch_size}
+    arguments = {
+        **vars(run.hyp),
+        "data": run.options.data,
+        "epochs": run.options.epochs,
+        "batch": run.options.batch_size,
+    }
     adapter.save_model(model, path, arguments=arguments, metrics=metrics, epoch=run.progress.epoch)
 
 
@@ -368,7 +382,9 @@ def save_state(run: Run, folder: Path) -> None:
 
 def stopped(run: Run, folder: Path, interrupt: Interrupt) -> int:
     progress = run.progress
-    run.ranks.say(f"stopped in epoch {progress.epoch + 1} after batch {progress.batch}; everything is saved. Go on with:")
+    run.ranks.say(
+        f"stopped in epoch {progress.epoch + 1} after batch {progress.batch}; everything is saved. Go on with:"
+    )
     run.ranks.say(f"  --resume {folder}")
     return interrupt.exit_code
 

@@ -46,7 +46,7 @@ Model = DetectionModel
 Ema = ModelEMA
 SCALES = "nsmlx"
 SECONDS_PER_IMAGE = 1e6
-"""Upstream's non-maximum suppression drops the images that are left when its time is up. Ours takes the time it needs."""
+"""Upstream's non-maximum suppression drops the images that are left when its time is up. Here it takes its time."""
 
 
 def check_version() -> None:
@@ -62,7 +62,7 @@ def check_version() -> None:
 
 
 def architecture(name: str) -> str:
-    """``yolov5s``, ``yolov5s6``, ``yolov5s-p6.yaml`` ... -> the name upstream has today; other ``.yaml`` files as given."""
+    """``yolov5s``, ``yolov5s6``, ``yolov5s-p6.yaml`` ... -> today's upstream name; other ``.yaml`` files as given."""
     known = re.fullmatch(rf"yolov5([{SCALES}])(6|-p6)?u?(\.yaml|\.yml)?", Path(name).name)
     if known and not Path(name).is_file():
         return f"yolov5{known[1]}{'-p6' if known[2] else ''}.yaml"
@@ -209,7 +209,15 @@ class Images(YOLODataset):
 
 
 def images(
-    paths: list[str], *, split: str, names: dict[int, str], hyp: SimpleNamespace, size: int, batch: int, stride: int, cache: bool
+    paths: list[str],
+    *,
+    split: str,
+    names: dict[int, str],
+    hyp: SimpleNamespace,
+    size: int,
+    batch: int,
+    stride: int,
+    cache: bool,
 ) -> Images:
     """``split`` train augments; the others letterbox to the least shape a batch needs."""
     train = split == "train"

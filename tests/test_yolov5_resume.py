@@ -1,0 +1,165 @@
+"""An interrupted run that goes on ends with the weights of one that was never interrupted, bit for bit."""
+
+import csv
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+import yolov5_app as app
+
+from apps.yolov5 import ultralytics_adapter as adapter
+from data.shapes_detection import make
+
+RECIPE = {"target_sparsity": 0.6, "pattern": "4x1", "pruning_frequency": 2, "sparsity_decay_type": "linear"}
+EPOCHS, BATCHES = 4, 4
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A data set, a dense model, a recipe, settings that take a step every second batch."""
+    folder = tmp_path_factory.mktemp("resume")
+    make(folder / "set", train=14, val=6, size=64)
+    (folder / "hyp.yaml").write_text("nbs: 8\nlr0: 0.002\nwarmup_epochs: 1\nclose_mosaic: 2\n")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    assert app.main(app.arguments(folder / "set/data.yaml", folder, "--name=dense", epochs=1)) == 0
+    return folder
+
+
+def words(place: Path, name: str, *more: str) -> list[str]:
+    start = {"cfg": None, "weights": place / "dense/weights/best.pt", "hyp": place / "hyp.yaml"}
+    prune = {"pruning_config": place / "recipe.yaml", "cooldown_epochs": 1, "dist_loss": "kl", "epochs": EPOCHS}
+    return app.arguments(place / "set/data.yaml", place, f"--name={name}", "--do_prune", *more, **start, **prune)
+
+
+class StopAt:
+    """Stands in for a signal that comes before the n-th look at it."""
+
+    exit_code = 143
+
+    def __init__(self, look: int) -> None:
+        self.left = look
+
+    def __enter__(self) -> "StopAt":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    @property
+    def signal(self) -> int | None:
+        self.left -= 1
+        return signal.SIGTERM if self.left <= 0 else None
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return adapter.load_model(path, "--weights").state_dict()
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open() as file:
+        return [{name: value for name, value in row.items() if name != "time"} for row in csv.DictReader(file)]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    for name in ("last.pt", "best.pt", "best_dense.pt"):
+        a, b = weights(one / "weights" / name), weights(other / "weights" / name)
+        different = [key for key in a if not torch.equal(a[key], b[key])]
+        assert not different, f"{name}: {different[:3]}"
+    assert rows(one) == rows(other)
+    assert not (other / "weights/resume.pt").exists()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(place) -> Path:
+    assert app.main(words(place, "whole")) == 0
+    return place / "whole"
+
+
+LOOKS = EPOCHS * (BATCHES // 2 + 1) + 1  # a look after every step and epoch; the warm-up epoch has steps of one batch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("look", range(1, LOOKS + 1))
+def test_interrupted_after_any_step_or_epoch(place, uninterrupted, monkeypatch, capsys, look):
+    from apps.yolov5 import train_prune
+
+    name = f"stopped{look}"
+    with monkeypatch.context() as patch:
+        patch.setattr(train_prune, "Interrupt", lambda: StopAt(look))
+        code = app.main(words(place, name))
+    printed = capsys.readouterr().out
+    assert code == 143, f"no look number {look}: {printed}"
+    assert f"--resume {place / name}" in printed
+    assert app.main(["--resume", str(place / name), "--device=cpu"]) == 0
+    assert_same(uninterrupted, place / name)
+
+
+def test_the_looks_above_are_all_there_are(place, monkeypatch):
+    from apps.yolov5 import train_prune
+
+    interrupt = StopAt(10**6)
+    monkeypatch.setattr(train_prune, "Interrupt", lambda: interrupt)
+    assert app.main(words(place, "counted")) == 0
+    assert 10**6 - interrupt.left == LOOKS
+
+
+def test_interrupted_twice_and_resumed_by_its_checkpoint(place, uninterrupted, monkeypatch):
+    from apps.yolov5 import train_prune
+
+    for number, look in enumerate((2, 4)):
+        go_on = words(place, "twice") if number == 0 else ["--resume", str(place / "twice/weights/last.pt")]
+        with monkeypatch.context() as patch:
+            patch.setattr(train_prune, "Interrupt", lambda look=look: StopAt(look))
+            assert app.main(go_on) == 143
+    assert app.main(["--resume", str(place / "twice/weights/last.pt"), "--workers=1"]) == 0
+    assert_same(uninterrupted, place / "twice")
+
+
+def test_resume_without_a_name_takes_the_latest_of_the_project(place, monkeypatch, tmp_path, capsys):
+    from apps.yolov5 import train_prune
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_prune, "Interrupt", lambda: StopAt(1))
+        assert app.main([*words(place, "lost"), f"--project={tmp_path}"]) == 143
+    assert app.main(["--resume", f"--project={tmp_path}"]) == 0
+    assert "going on with" in capsys.readouterr().out
+
+
+def wait_for(process, text: str) -> str:
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if text in line:
+            return seen
+    raise AssertionError(seen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_real_signal_saves_and_leaves(place, uninterrupted, number):
+    name = f"signal{number}"
+    process = app.start(words(place, name))
+    wait_for(process, "epoch 2/4")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert "everything is saved" in output and "Traceback" not in output
+    code, output = app.run(["--resume", str(place / name)])
+    assert code == 0, output
+    assert_same(uninterrupted, place / name)
+
+
+@pytest.mark.slow
+def test_two_ranks_interrupted_by_sigterm(place):
+    code, output = app.run(words(place, "ranks"), ranks=2)
+    assert code == 0, output
+    process = app.start(words(place, "ranks_stopped"), ranks=2)
+    wait_for(process, "epoch 2/4")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert "everything is saved" in output, output
+    code, output = app.run(["--resume", str(place / "ranks_stopped")], ranks=2)
+    assert code == 0, output
+    assert_same(place / "ranks", place / "ranks_stopped")
