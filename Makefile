@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 UV := $(shell command -v uv || echo .uv/bin/uv)
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: demo test check fast format bench clean
+.PHONY: demo quickstart test check fast format bench clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.ready: requirements.txt
@@ -14,7 +14,19 @@ $(VENV)/.ready: requirements.txt
 	$(UV) pip install --quiet --python $(PY) --requirement requirements.txt
 	@touch $@
 
-demo: $(VENV)/.ready  ## train a small network, prune it, print what became zero
+TRAIN := $(PY) -m torch.distributed.run --standalone --nproc_per_node 2 apps/yolov5/train_prune.py
+DEMO := --data datasets/shapes/data.yaml --hyp apps/yolov5/recipes/hyp.demo.yaml --optimizer AdamW --cos-lr --img 128 \
+	--batch-size 8 --patience 0 --device cpu --cache --project runs/demo --exist-ok
+
+demo: $(VENV)/.ready  ## train a small YOLOv5 on two processes, prune 80% of it with distillation, print both
+	$(PY) data/shapes_detection.py --output datasets/shapes
+	@echo "--- 1 of 2: dense training"
+	$(TRAIN) $(DEMO) --cfg yolov5n --epochs 24 --name dense
+	@echo "--- 2 of 2: pruning, learning from the dense model as well"
+	$(TRAIN) $(DEMO) --weights runs/demo/dense/weights/best.pt --name sparse --do_prune \
+		--pruning_config apps/yolov5/recipes/4x1.yaml --dist_loss kl --epochs 14 --cooldown_epochs 6
+
+quickstart: $(VENV)/.ready  ## the same idea on one page: train a small classifier, prune it, print what became zero
 	$(PY) apps/quickstart/train_prune.py
 
 test: $(VENV)/.ready  ## all tests, the slow ones too

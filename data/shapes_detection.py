@@ -31,7 +31,7 @@ class Thing(NamedTuple):
     stencil: np.ndarray  # the subpixels inside the shape, cut to its box
 
 
-def make(folder: Path, *, train: int = 320, val: int = 96, size: int = 160, seed: int = 0) -> Path:
+def make(folder: Path, *, train: int = 400, val: int = 96, size: int = 128, seed: int = 0) -> Path:
     """Write the set into ``folder`` unless it is there already; the path of its data.yaml."""
     asked = {"train": train, "val": val, "size": size, "seed": seed}
     for name, value in asked.items():
@@ -86,7 +86,7 @@ def scene(size: int, seed: int, split: int, index: int) -> tuple[np.ndarray, lis
     rng = np.random.default_rng([seed, split, index])
     canvas = _background(rng, size)
     things: list[Thing] = []
-    for _ in range(0 if rng.random() < 0.04 else rng.integers(1, 7)):  # real sets have a few empty images
+    for _ in range(0 if rng.random() < 0.04 else rng.integers(2, 9)):  # real sets have a few empty images
         thing = _place(rng, size, [thing.box for thing in things])
         if thing is not None:
             _paint(rng, canvas, thing)
@@ -103,7 +103,7 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
     speckle = rng.random((size, size)) < 0.02 * rng.random()
     canvas[speckle] += 160 * (rng.random((speckle.sum(), 3)) - 0.5)
     thin = max(0.6, 0.004 * size)
-    for what in rng.integers(0, 3, rng.integers(4, 13)):
+    for what in rng.integers(0, 3, rng.integers(3, 9)):
         (x, y), angle, share = size * rng.random(2), 2 * math.pi * rng.random(), rng.random()
         dx, dy = axis - x, axis[:, None] - y
         along = dx * math.cos(angle) + dy * math.sin(angle)
@@ -139,8 +139,8 @@ def _stencil(kind: int, span: float, angle: float) -> np.ndarray:
 def _place(rng: np.random.Generator, size: int, boxes: list[tuple[int, int, int, int]]) -> Thing | None:
     """A shape at a place where no box is covered too much, or None when the image is too full for it."""
     kind = int(rng.integers(len(CLASSES)))
-    # As many from 8 to 17 % as from 17 to 35 %; under 6 pixels a circle and a square look the same.
-    span = max(6.0, size * 0.08 * (0.35 / 0.08) ** rng.random())
+    # As many from 12 to 23 % as from 23 to 45 %; under 6 pixels a circle and a square look the same.
+    span = max(6.0, size * 0.12 * (0.45 / 0.12) ** rng.random())
     stencil = _stencil(kind, FINE * span, 2 * math.pi * rng.random())
     height, width = stencil.shape
     for _ in range(20):
@@ -167,7 +167,7 @@ def _paint(rng: np.random.Generator, canvas: np.ndarray, thing: Thing) -> None:
     under = canvas[top // FINE : -(-bottom // FINE), left // FINE : -(-right // FINE)]
     covered = fine.reshape(len(under), FINE, -1, FINE).mean(axis=(1, 3))[..., None]
     direction = rng.random((16, 3)) - 0.5
-    direction *= (70 + 110 * rng.random()) / np.linalg.norm(direction, axis=1, keepdims=True)
+    direction *= (130 + 90 * rng.random()) / np.linalg.norm(direction, axis=1, keepdims=True)
     colours = (under.mean(axis=(0, 1)) + direction).clip(0, 255)
     near = ((under[::2, ::2] - colours[:, None, None]) ** 2).sum(axis=3) < 55**2
     # The first colour that stands out from most pixels: argmin takes the first of equals.
@@ -177,7 +177,7 @@ def _paint(rng: np.random.Generator, canvas: np.ndarray, thing: Thing) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make a small detection set in YOLO layout.", exit_on_error=False)
     parser.add_argument("--output", type=Path, default=Path("datasets/shapes"), help="folder (default: %(default)s)")
-    for name, value in (("train", 320), ("val", 96), ("size", 160), ("seed", 0)):
+    for name, value in (("train", 400), ("val", 96), ("size", 128), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=value, help="(default: %(default)s)")
     start = time.perf_counter()
     try:

@@ -107,8 +107,8 @@ def test_a_second_timeline_gives_the_same_and_rates_stay_in_range(timeline, firs
         (Timeline(3, 4, 3, 1, 1), [0, 2, 3, 6, 7, 10, 11], (3, 5)),
         # With a cooldown of two epochs of three there is no room for a warm-up.
         (Timeline(3, 4, 3, 1, 2), [2, 3, 6, 7, 10, 11], (0, 2)),
-        # Warm-up over batches 0 to 2 of 5: wants 1, 1 + 1/3, 1 + 2/3; the step that batch 4 ends is begun after it.
-        (Timeline(2, 5, 2, 0.5), [0, 1, 3, 4, 6, 8, 9], (2, 7)),
+        # Warm-up over batches 0 to 2 of 5: wants 1, 1 + 1/3, 1 + 2/3; the step that it ends in has batches 2 and 3.
+        (Timeline(2, 5, 2, 0.6), [0, 1, 3, 4, 6, 8, 9], (2, 7)),
         (Timeline(1, 3, 64, 3), [2], (0, 1)),
         (Timeline(2, 1, 4, 1), [0, 1], (1, 2)),
     ],

@@ -34,15 +34,13 @@ def read_data(path: str) -> DataSet:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"--data: no such file, got {path!r}; {GET_DATA}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise BadInput(f"--data: not a yaml file ({' '.join(str(error).split())}), got {path!r}") from error
     if not isinstance(content, dict):
         raise BadInput(f"--data: must hold 'train:', 'val:' and 'names:', got {path!r}")
     folder = Path(path).resolve().parent
-    root = content.get("path")
-    bases = (
-        [folder] if not root else [Path(root)] if Path(root).is_absolute() else [folder / root, Path(root).resolve()]
-    )
+    root = str(content.get("path") or "")
+    bases = [folder / root, Path(root).resolve()] if root else [folder]
     splits = {split: _places(path, content, split, bases) for split in ("train", "val")}
     return DataSet(splits["train"], splits["val"], _names(path, content))
 
@@ -69,8 +67,8 @@ def _names(path: str, content: dict[str, Any]) -> dict[int, str]:
         names = dict(enumerate(names))
     if not isinstance(names, dict) or not names:
         raise BadInput(f"--data: has no 'names:', got {path!r}; list the classes, as names: [cat, dog]")
-    if sorted(names) != list(range(len(names))):
-        raise BadInput(f"--data: names: must be numbered from 0 without gaps, got {sorted(names)}")
+    if set(names) != set(range(len(names))):
+        raise BadInput(f"--data: names: must be numbered from 0 without gaps, got {list(names)}")
     if count is not None and count != len(names):
         raise BadInput(f"--data: nc: {len(names)} names are given, got {count}; leave nc out")
     return {i: str(names[i]) for i in range(len(names))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ DROPPED = {
     "cls_pw": "it was the weight of positives, and means class balancing by frequency today",
 }
 OLD_ONLY = ("obj", "obj_pw", "iou_t", "anchor_t", "anchors", "fl_gamma")
-GAINS = {"box": (0.05, 7.5), "cls": (0.5, 0.5)}
+GAINS = {"box": (0.05, 7.5)}
 """Loss gain -> its default in the old repository, its default today."""
 
 
@@ -39,10 +40,10 @@ def read_hyp(path: str | None, say: Callable[[str], None]) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"--hyp: no such file, got {path!r}; leave it out for the defaults") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise BadInput(f"--hyp: not a yaml file ({' '.join(str(error).split())}), got {path!r}") from error
     if not isinstance(content, dict):
-        raise BadInput(f"--hyp: must hold 'name: number' lines, got {path!r}; see recipes/hyp.finetune.yaml")
+        raise BadInput(f"--hyp: must hold 'name: number' lines, got {path!r}; see recipes/hyp.small.yaml")
     return translate(content, say)
 
 
@@ -55,12 +56,21 @@ def translate(content: dict[str, Any], say: Callable[[str], None]) -> dict[str, 
             say(f"--hyp: {key}: {value} is left out: {DROPPED[key]}")
         elif key not in KEYS:
             raise BadInput(f"--hyp: unknown key, got {key!r}; {did_you_mean(key, KEYS)}")
-        elif isinstance(value, bool) or not isinstance(value, int | float):
-            raise BadInput(f"--hyp: {key}: must be a number, got {value!r}")
         elif old and key in GAINS:
             before, now = GAINS[key]
-            today[key] = float(f"{now * value / before:.6g}")
+            today[key] = float(f"{now * _number(key, value) / before:.6g}")
             say(f"--hyp: {key}: {value} becomes {today[key]:g}: the old default {before:g} is {now:g} today")
         else:
-            today[key] = value
+            today[key] = _number(key, value)
     return today
+
+
+def _number(key: str, value: Any) -> float:
+    """``1e-3`` is a number too: YAML 1.1 takes it for text."""
+    number = value
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            number = float(value)
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < float("inf"):
+        raise BadInput(f"--hyp: {key}: must be a number of 0 or more, got {value!r}; leave it out for the default")
+    return number
