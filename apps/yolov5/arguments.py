@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from apps.common.arguments import Parser
 
@@ -80,7 +81,7 @@ def parser() -> Parser:
     prune = made.add_argument_group("pruning and distillation")
     prune.add_argument("--do_prune", action="store_true", help="prune from the end of the warm-up to the cooldown")
     prune.add_argument("--pruning_config", help="yaml; without it 80%% of the weights in 4x1 blocks")
-    prune.add_argument("--cooldown_epochs", type=int, default=0, help="last epochs, with fixed masks (0)")
+    prune.add_argument("--cooldown_epochs", type=count(0), default=0, help="last epochs, with fixed masks (0)")
     prune.add_argument("--dist_loss", choices=("l2", "kl"), help="learn from a dense teacher as well")
     prune.add_argument("--temperature", type=positive, default=2.0, help="of kl (2; above 4 is rarely better)")
     prune.add_argument("--dist_weight", type=positive, default=1.0, help="weight of the distillation loss (1)")
@@ -88,7 +89,7 @@ def parser() -> Parser:
     prune.add_argument("--teacher_weights", default="", help="the dense teacher (default: --weights)")
 
     loop = made.add_argument_group("training")
-    loop.add_argument("--epochs", type=int, default=100, help="(100)")
+    loop.add_argument("--epochs", type=count(1), default=100, help="(100)")
     loop.add_argument("--batch-size", type=count(1), default=16, help="over all ranks (16)")
     loop.add_argument("--optimizer", choices=("SGD", "Adam", "AdamW"), default="SGD", help="(SGD)")
     loop.add_argument("--cos-lr", action="store_true", help="cosine instead of linear decay")
@@ -105,8 +106,13 @@ def parser() -> Parser:
     place.add_argument("--name", default="exp", help="(exp, exp2, ...)")
     place.add_argument("--exist-ok", action="store_true", help="write into an old run's folder")
     place.add_argument("--resume", nargs="?", const=True, help="go on with a run: its folder or last.pt (the latest)")
-    place.add_argument("--save-period", type=int, default=-1, help="also keep every N-th epoch")
+    place.add_argument("--save-period", type=count(-1), default=-1, help="also keep every N-th epoch")
     place.add_argument("--nosave", action="store_true", help="models of the last epoch only")
     place.add_argument("--noval", action="store_true", help="evaluate the last epoch only")
     place.add_argument("--noplots", action="store_true")
     return made
+
+
+def plain(value: Any) -> Any:
+    """An option as files hold it."""
+    return str(value) if isinstance(value, Path) else value

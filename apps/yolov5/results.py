@@ -1,16 +1,87 @@
-"""What a run tells: a line an epoch, ``results.png``, the last table."""
+"""What a run writes and says: its folder, a line an epoch, ``results.png``, the report, the last table."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from apps.common.run_folder import ResultsTable
+import torch
+
+from apps.common.run_folder import ResultsTable, new_folder, write_yaml
+from apps.yolov5.arguments import plain
+from apps.yolov5.hyp import KEYS
+from apps.yolov5.pruning import asked, reached
 from pruning_core.checkpoint import write_atomically
+
+if TYPE_CHECKING:
+    from apps.yolov5.run import Run
 
 BOTH = "metrics/mAP50-95"
 MAP50 = "metrics/mAP50"
 ASKED, REACHED = "sparsity/asked", "sparsity/reached"
+
+
+def open_folder(run: Run) -> Path:
+    """The run's folder with its settings in it; a run that goes on has its own."""
+    options, ranks = run.options, run.ranks
+    if options.resume:
+        return Path(options.folder)
+    folder = new_folder(options.project, options.name, exist_ok=options.exist_ok) if ranks.first else None
+    folder = ranks.from_first(folder)
+    if ranks.first:
+        (folder / "weights").mkdir(parents=True, exist_ok=True)
+        write_yaml(folder / "args.yaml", {name: plain(value) for name, value in vars(options).items()})
+        write_yaml(folder / "hyp.yaml", {key: getattr(run.hyp, key) for key in KEYS})
+        if run.pruner is not None:
+            write_yaml(folder / "pruning_config.yaml", run.pruner.config.to_dict())
+    return folder
+
+
+def introduce(run: Run, folder: Path) -> None:
+    options, timeline, ranks = run.options, run.timeline, run.ranks
+    if run.progress.epoch or run.progress.batch:
+        ranks.say(f"going on with {folder} in epoch {run.progress.epoch + 1}, after batch {run.progress.batch}")
+    images, held_out, ends = len(run.train_batches.images), len(run.val_batches.dataset), "" if ranks.size == 1 else "s"
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    ranks.say(
+        f"{images} training and {held_out} validation images, {len(run.data.names)} classes; {parameters:,} weights; "
+        f"{ranks.size} rank{ends} on {ranks.device.type}"
+    )
+    ranks.say(
+        f"{epochs_of(options.epochs)} of {timeline.batches} batches, {timeline.steps} optimizer steps; writing {folder}"
+    )
+    if run.pruner is not None:
+        window = f"steps {timeline.pruning_starts} to {timeline.pruning_ends}"
+        targets = ", ".join(
+            f"{group.options.target_sparsity:.0%} in {group.options.pattern}" for group in run.pruner.groups
+        )
+        ranks.say(f"pruning {targets} in {window}, then {epochs_of(options.cooldown_epochs)} with fixed masks")
+        layers = sum(len(group.weights) for group in run.pruner.groups)
+        weights = sum(group.total for group in run.pruner.groups)
+        ranks.say(f"{layers} layers take part, {weights:,} weights")
+    if run.distillation is not None:
+        ranks.say(f"learning from {options.teacher_weights or options.weights} as well ({options.dist_loss})")
+
+
+def tensorboard(folder: Path) -> Any:
+    """A writer when TensorBoard is installed, else None."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder))
+
+
+def row_of(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
+    progress = run.progress
+    row: dict[str, Any] = {"epoch": progress.epoch + 1, "time": progress.seconds}
+    row.update({f"train/{name}": float(value) / run.timeline.batches for name, value in progress.sums.items()})
+    row.update({name: value for name, value in metrics.items() if name != "fitness"})
+    row.update({f"lr/{group['kind']}": group["lr"] for group in run.optimizer.param_groups})
+    if run.pruner is not None:
+        row[ASKED], row[REACHED] = asked(run.pruner), reached(run.pruner, run.ema.ema)
+        row["pruner_step"] = run.pruner.step
+    return row
 
 
 def epoch_line(row: dict[str, Any], epochs: int, seconds_left: float) -> str:
@@ -63,8 +134,8 @@ def last_table(rows: list[tuple[str, dict[str, float], float | None, float | Non
     """A row a model: name, metrics, asked and reached sparsity of its pruned layers, bytes of its file."""
     head = ("model", "mAP50", "mAP50-95", "asked", "reached", "file")
     cells = [head]
-    for name, metrics, asked, reached, size in rows:
-        shares = ["-" if share is None else f"{share:.2%}" for share in (asked, reached)]
+    for name, metrics, wanted, counted, size in rows:
+        shares = ["-" if share is None else f"{share:.2%}" for share in (wanted, counted)]
         figures = [f"{metrics[key]:.3f}" if key in metrics else "-" for key in (MAP50, BOTH)]
         cells.append((name, *figures, *shares, f"{size / 1e6:.1f} MB" if size else "-"))
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
@@ -74,3 +145,36 @@ def last_table(rows: list[tuple[str, dict[str, float], float | None, float | Non
         rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join([first, *rest]))
     return "\n".join(lines)
+
+
+def status(run: Run, seconds: float) -> str:
+    progress, timeline = run.progress, run.timeline
+    done = progress.epoch * timeline.batches + progress.batch
+    left = seconds / done * (timeline.epochs * timeline.batches - done)
+    loss = sum(float(value) for value in progress.sums.values()) / progress.batch
+    parts = [f"epoch {progress.epoch + 1}/{timeline.epochs}", f"loss {loss:.3g}"]
+    if run.pruner is not None:
+        parts.append(f"sparsity {asked(run.pruner):.1%}")
+    if run.ranks.device.type == "cuda":
+        parts.append(f"GPU {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB")
+    return "  ".join([*parts, f"{duration(left)} left"])
+
+
+def report(run: Run, metrics: dict[str, float], folder: Path) -> None:
+    """The table of every layer, as text, JSON and a picture."""
+    named = {"dense": run.progress.dense_metrics, "sparse": metrics}
+    run.pruner.metrics = {
+        f"{kind} {name.removeprefix('metrics/')}": round(values[name], 4)
+        for kind, values in named.items()
+        for name in (MAP50, BOTH)
+        if name in values
+    }
+    made = run.pruner.report()
+    made.save_json(folder / "pruning_report.json")
+    made.save_markdown(folder / "pruning_report.md")
+    if not run.options.noplots:
+        made.plot(folder / "pruning_report.png")
+
+
+def epochs_of(count: int) -> str:
+    return f"{count} epoch" if count == 1 else f"{count} epochs"

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from argparse import Namespace
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,31 +12,16 @@ from torch import nn
 
 from apps.common.errors import BadInput
 from apps.common.ranks import Ranks
-from apps.common.run_folder import ResultsTable, latest_folder, safe_name
+from apps.common.run_folder import safe_name
 from apps.yolov5 import ultralytics_adapter as adapter
-from apps.yolov5.arguments import MAY_CHANGE
 from apps.yolov5.data_set import DataSet, TrainBatches, ValBatches, read_data
-from apps.yolov5.hyp import KEYS, read_hyp
+from apps.yolov5.hyp import read_hyp
+from apps.yolov5.progress import Progress
+from apps.yolov5.pruning import begin_pruning
+from apps.yolov5.resume import find_state, load_state, saved_options
 from apps.yolov5.timeline import Timeline, check_epochs
-from pruning_core import CheckpointError, Pruning, WeightPruningConfig, checkpoint
+from pruning_core import Pruning
 from pruning_core.distillation import DetectionDistillation
-
-RESUME = Path("weights/resume.pt")
-
-
-@dataclass
-class Progress:
-    """How far a run is: what a resumed run needs besides weights."""
-
-    epoch: int = 0
-    batch: int = 0
-    """Batches of this epoch that are done. All of them: the epoch waits for its evaluation."""
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)
-    best_dense: dict[str, float] = field(default_factory=dict)
-    dense_metrics: dict[str, float] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
 
 
 @dataclass
@@ -78,11 +60,11 @@ def build(options: Namespace, given: dict[str, Any], ranks: Ranks) -> Run:
     safe_name(options.name)
     state = None
     if options.resume:
-        state = load_resume_state(options, ranks)
-        options = resumed_options(options, given, state["options"])
+        state = find_state(options, ranks)
+        options = saved_options(options, given, state["options"])
     run = _build(options, ranks, state)
     if state is not None:
-        _load(run, state)
+        load_state(run, state)
     return run
 
 
@@ -127,7 +109,9 @@ def _build(options: Namespace, ranks: Ranks, state: dict[str, Any] | None) -> Ru
     )
     run.scaler = torch.amp.GradScaler(ranks.device.type, enabled=run.amp is torch.float16)
     if options.do_prune:
-        run.pruner = _pruner(run, state["pruner"]["config"] if state else options.pruning_config)
+        source = state["pruner"]["config"] if state else options.pruning_config
+        window = timeline.pruning_starts, timeline.pruning_ends
+        run.pruner = begin_pruning(source, model, run.optimizer, window, timeline.steps, ranks.say)
     if options.dist_loss:
         run.teacher = _teacher(run)
         run.distillation = DetectionDistillation(
@@ -215,40 +199,6 @@ def _optimizer(options: Namespace, model: nn.Module, hyp: SimpleNamespace, decay
     return kind(listed, lr=hyp.lr0, betas=(hyp.momentum, 0.999), fused=fused)
 
 
-def _pruner(run: Run, source: Any) -> Pruning:
-    """Begins pruning where the warm-up ends and reaches the target where the cooldown begins."""
-    timeline = run.timeline
-    try:
-        pruners = WeightPruningConfig(source).to_dict()["pruning_configs"]
-        for pruner in pruners:
-            if pruner["pruning_type"] != "pattern_lock":
-                pruner.update(start_step=timeline.pruning_starts, end_step=timeline.pruning_ends)
-            if r"\.dfl\." not in pruner["extra_excluded_op_names"]:
-                pruner["extra_excluded_op_names"] = [*pruner["extra_excluded_op_names"], r"\.dfl\."]
-        made = Pruning(pruners)
-        made.model = run.model
-        made.optimizer = run.optimizer
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            made.on_train_begin(total_steps=timeline.steps)
-    except ValueError as error:
-        raise BadInput(f"--pruning_config: {error}") from error
-    names = [name for name, _ in run.model.named_modules()]
-    for warning in caught:
-        run.ranks.say(f"--pruning_config: {warning.message}{_head_hint(str(warning.message), names, run.model)}")
-    return made
-
-
-def _head_hint(message: str, names: list[str], model: adapter.Model) -> str:
-    """``model.33.m.*`` was the head of the old yolov5 repository: say what it is called in this model."""
-    pattern = re.search(r"'(.*)' matches no layer", message)
-    if pattern is None or not re.match(r"\^?model\\?\.\d+", pattern[1]):
-        return ""
-    head = adapter.head_of(model)
-    assert any(name.startswith(head) for name in names)
-    return f"; the detection head of this model is {head}: to keep it dense write '^{head}.'"
-
-
 def _teacher(run: Run) -> adapter.Model:
     """Dense, in eval mode: its statistics do not drift and its outputs are those it is known for."""
     options = run.options
@@ -260,83 +210,3 @@ def _teacher(run: Run) -> adapter.Model:
         do = "use a yolov5 of the same kind (both with or both without P6)"
         raise BadInput(f"{option}: its head differs from the student's, got strides {teacher.stride.tolist()}; {do}")
     return teacher.to(run.ranks.device).requires_grad_(False).eval()
-
-
-# ---- going on with a run --------------------------------------------------------------------------------------------
-
-
-def load_resume_state(options: Namespace, ranks: Ranks) -> dict[str, Any]:
-    folder = latest_folder(options.project, str(RESUME)) if options.resume is True else Path(options.resume)
-    if folder.suffix == ".pt":  # .../weights/last.pt, as YOLOv5 users write it
-        folder = folder.parent.parent
-    if not folder.is_dir():
-        raise BadInput(f"--resume: no such run, got {str(options.resume)!r}; give its folder, as runs/train/exp")
-    if not (folder / RESUME).is_file():
-        raise BadInput(f"--resume: nothing to go on with, got {str(folder)!r}; a finished run has no {RESUME}")
-    try:
-        state = checkpoint.load(folder / RESUME, map_location=ranks.device)
-    except CheckpointError as error:
-        raise BadInput(f"--resume: {error}") from error
-    missing = {"app", "options", "model", "progress"} - state.keys()
-    if missing or state["app"] != "yolov5":
-        raise BadInput(f"--resume: no state of a yolov5 run, got {str(folder / RESUME)!r}")
-    state["options"]["folder"] = str(folder)
-    if state["ranks"] != ranks.size:
-        ranks.say(
-            f"--resume: begun on {state['ranks']} ranks, goes on on {ranks.size}: the weights will differ a little"
-        )
-    return state
-
-
-def resumed_options(options: Namespace, given: dict[str, Any], saved: dict[str, Any]) -> Namespace:
-    """The options the run was begun with. What is given anew must agree, or be free to change."""
-    for name, value in given.items():
-        plain = plain_option(value)
-        if name not in MAY_CHANGE and plain != saved.get(name):
-            spelled = "--" + name.replace("_", "-") if name in ("batch_size", "cos_lr", "sync_bn") else f"--{name}"
-            do = "leave it out, or begin a new run without --resume"
-            raise BadInput(f"{spelled}: this run was begun with {saved.get(name)!r}, got {plain!r}; {do}")
-    merged = {**vars(options), **saved, **{name: given[name] for name in MAY_CHANGE if name in given}}
-    return Namespace(**{**merged, "resume": True, "project": Path(merged["project"])})
-
-
-def plain_option(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
-
-
-def resume_state(run: Run) -> dict[str, Any]:
-    """Tensors and plain data; exact at every optimizer step."""
-    return {
-        "app": "yolov5",
-        "ranks": run.ranks.size,
-        "options": {name: plain_option(value) for name, value in vars(run.options).items() if name != "folder"},
-        "architecture": run.model.yaml,
-        "hyp": {key: getattr(run.hyp, key) for key in KEYS},
-        "model": run.model.state_dict(),
-        "ema": run.ema.ema.state_dict(),
-        "ema_updates": run.ema.updates,
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(),
-        "pruner": run.pruner.state_dict() if run.pruner else None,
-        "progress": dict(vars(run.progress)),
-        "rng": checkpoint.rng_state(),
-    }
-
-
-def _load(run: Run, state: dict[str, Any]) -> None:
-    run.model.load_state_dict(state["model"])
-    run.ema.ema.load_state_dict(state["ema"])
-    run.ema.updates = state["ema_updates"]
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
-    run.progress = Progress(**state["progress"])
-    try:
-        if run.pruner is not None:
-            run.pruner.load_state_dict(state["pruner"])
-    except ValueError as error:
-        raise BadInput(f"--resume: {error}") from error
-    checkpoint.load_rng_state({**state["rng"], "cuda": []})
-
-
-def results_table(run: Run, folder: Path) -> ResultsTable:
-    return ResultsTable(folder / "results.csv", run.progress.rows)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 import time
-import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -30,12 +29,13 @@ from tqdm import tqdm
 from apps.common import ranks as processes
 from apps.common.errors import BadInput
 from apps.common.interrupt import Interrupt
-from apps.common.run_folder import ResultsTable, new_folder, write_yaml
+from apps.common.run_folder import ResultsTable
 from apps.yolov5 import results
 from apps.yolov5 import ultralytics_adapter as adapter
 from apps.yolov5.data_set import to_device
-from apps.yolov5.hyp import KEYS
-from apps.yolov5.run import RESUME, Run, build, plain_option, results_table, resume_state
+from apps.yolov5.pruning import asked, end_pruning, reached, target_reached
+from apps.yolov5.resume import RESUME, state_of
+from apps.yolov5.run import Run, build
 from pruning_core import checkpoint
 
 
@@ -55,14 +55,14 @@ def main(options: Namespace, given: dict[str, Any]) -> int:
 
 def train(run: Run, interrupt: Interrupt) -> int:
     options, ranks, progress = run.options, run.ranks, run.progress
-    folder = open_folder(run)
-    table = results_table(run, folder)
+    folder = results.open_folder(run)
+    table = ResultsTable(folder / "results.csv", progress.rows)
     net = wrap(run)
     evaluator = adapter.Evaluator(run.hyp, run.data.names, ranks.device, folder)
-    introduce(run, folder)
+    results.introduce(run, folder)
     if run.pruner and run.start and not progress.dense_metrics:
         measure_dense(run, evaluator, folder)
-    writer = tensorboard(folder) if ranks.first else None
+    writer = results.tensorboard(folder) if ranks.first else None
     began = time.monotonic() - progress.seconds
 
     while progress.epoch < options.epochs:
@@ -98,7 +98,7 @@ def one_epoch(run: Run, net: nn.Module, interrupt: Interrupt, began: float) -> b
     ranks, timeline, progress, pruner = run.ranks, run.timeline, run.progress, run.pruner
     net.train()
     for name, module in run.model.named_modules():
-        if isinstance(module, nn.BatchNorm2d) and name.startswith(run.frozen):
+        if isinstance(module, nn.modules.batchnorm._NormBase) and name.startswith(run.frozen):
             module.eval()
     batches = run.train_batches.epoch(progress.epoch, first=progress.batch)
     bar = tqdm(batches, disable=None if ranks.first else True, leave=False, unit="batch")
@@ -130,7 +130,7 @@ def one_epoch(run: Run, net: nn.Module, interrupt: Interrupt, began: float) -> b
         run.optimizer.zero_grad()
         run.ema.update(run.model)
         if not bar.disable:
-            bar.set_description_str(status(run, time.monotonic() - began))
+            bar.set_description_str(results.status(run, time.monotonic() - began))
         if ranks.any(interrupt.signal is not None):
             break
     return progress.batch == timeline.batches
@@ -181,15 +181,15 @@ def judge(run: Run, metrics: dict[str, float], folder: Path, table: ResultsTable
     While weights become zero nothing is "best": the choice starts anew at the first model that has reached its target.
     """
     options, progress = run.options, run.progress
-    row = row_of(run, metrics)
+    row = results.row_of(run, metrics)
     table.add(row)
     fraction = (progress.epoch + 1) / options.epochs
     run.ranks.say(results.epoch_line(row, options.epochs, progress.seconds * (1 / fraction - 1)))
     fitness = metrics.get("fitness")
     best = None
-    if run.pruner is None or target_reached(run):
+    if run.pruner is None or target_reached(run.pruner):
         best = ("best.pt", progress.best)
-    elif not any(group.share(run.pruner.step) for group in run.pruner.groups):
+    elif asked(run.pruner) == 0:
         best = ("best_dense.pt", progress.best_dense)
     better = best is not None and fitness is not None and fitness > best[1].get("fitness", -1.0)
     if better:
@@ -211,11 +211,7 @@ def finish(run: Run, evaluator: adapter.Evaluator, folder: Path, table: ResultsT
     """Measures the file that is shipped, and says what came of the run."""
     ranks, progress = run.ranks, run.progress
     if run.pruner is not None:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            run.pruner.on_train_end()
-        for warning in caught:
-            ranks.say(str(warning.message))
+        end_pruning(run.pruner, ranks.say)
     best = folder / "weights/best.pt"
     shipped = best if ranks.from_first(best.is_file()) else folder / "weights/last.pt"
     model = adapter.load_model(shipped, "weights").to(ranks.device)
@@ -230,12 +226,12 @@ def finish(run: Run, evaluator: adapter.Evaluator, folder: Path, table: ResultsT
             source = Path(run.options.weights)
             size = source.stat().st_size if source.is_file() else 0
             rows.append((f"dense ({source.name})", progress.dense_metrics, None, None, size))
-        asked, reached = shares(run, model)
-        rows.append((f"sparse ({shipped.name})", metrics, asked, reached, shipped.stat().st_size))
-        report(run, metrics, folder)
+        shares = asked(run.pruner), reached(run.pruner, model)
+        rows.append((f"sparse ({shipped.name})", metrics, *shares, shipped.stat().st_size))
+        results.report(run, metrics, folder)
     if not run.options.noplots:
         results.plot(table, folder / "results.png")
-    print(f"\n{epochs_of(progress.epoch)} in {results.duration(progress.seconds)}, all in {folder}")
+    print(f"\n{results.epochs_of(progress.epoch)} in {results.duration(progress.seconds)}, all in {folder}")
     print(results.last_table(rows))
     if run.pruner is not None:
         print("Zeros do not shrink a .pt file or speed up a dense kernel by themselves; see the app's README.")
@@ -243,22 +239,6 @@ def finish(run: Run, evaluator: adapter.Evaluator, folder: Path, table: ResultsT
 
 
 # ---- small parts ----------------------------------------------------------------------------------------------------
-
-
-def open_folder(run: Run) -> Path:
-    """The run's folder with its settings in it."""
-    options, ranks = run.options, run.ranks
-    if options.resume:
-        return Path(options.folder)
-    folder = new_folder(options.project, options.name, exist_ok=options.exist_ok) if ranks.first else None
-    folder = ranks.from_first(folder)
-    if ranks.first:
-        (folder / "weights").mkdir(parents=True, exist_ok=True)
-        write_yaml(folder / "args.yaml", {name: plain_option(value) for name, value in vars(options).items()})
-        write_yaml(folder / "hyp.yaml", {key: getattr(run.hyp, key) for key in KEYS})
-        if run.pruner is not None:
-            write_yaml(folder / "pruning_config.yaml", run.pruner.config.to_dict())
-    return folder
 
 
 def wrap(run: Run) -> nn.Module:
@@ -274,36 +254,6 @@ def wrap(run: Run) -> nn.Module:
     return DistributedDataParallel(run.model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
 
 
-def introduce(run: Run, folder: Path) -> None:
-    options, timeline, ranks = run.options, run.timeline, run.ranks
-    if run.progress.epoch or run.progress.batch:
-        ranks.say(f"going on with {folder} in epoch {run.progress.epoch + 1}, after batch {run.progress.batch}")
-    images, held_out, ends = len(run.train_batches.images), len(run.val_batches.dataset), "" if ranks.size == 1 else "s"
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    ranks.say(
-        f"{images} training and {held_out} validation images, {len(run.data.names)} classes; {parameters:,} parameters; "
-        f"{ranks.size} rank{ends} on {ranks.device.type}"
-    )
-    ranks.say(
-        f"{epochs_of(options.epochs)} of {timeline.batches} batches, {timeline.steps} optimizer steps; writing {folder}"
-    )
-    if run.pruner is not None:
-        window = f"steps {timeline.pruning_starts} to {timeline.pruning_ends}"
-        targets = ", ".join(
-            f"{group.options.target_sparsity:.0%} in {group.options.pattern}" for group in run.pruner.groups
-        )
-        ranks.say(f"pruning {targets} in {window}, then {epochs_of(options.cooldown_epochs)} with fixed masks")
-        layers = sum(len(group.weights) for group in run.pruner.groups)
-        weights = sum(group.total for group in run.pruner.groups)
-        ranks.say(f"{layers} layers take part, {weights:,} weights")
-    if run.distillation is not None:
-        ranks.say(f"learning from {options.teacher_weights or options.weights} as well ({options.dist_loss})")
-
-
-def epochs_of(count: int) -> str:
-    return f"{count} epoch" if count == 1 else f"{count} epochs"
-
-
 def measure_dense(run: Run, evaluator: adapter.Evaluator, folder: Path) -> None:
     """The model that pruning starts from: the figure to beat."""
     start = run.start.to(run.ranks.device)
@@ -315,45 +265,6 @@ def measure_dense(run: Run, evaluator: adapter.Evaluator, folder: Path) -> None:
     run.progress.best_dense = {**metrics, "epoch": 0.0}
     save_model(run, start, folder / "weights/best_dense.pt", metrics)
     run.ranks.say(f"dense: mAP50 {metrics[results.MAP50]:.3f} mAP50-95 {metrics[results.BOTH]:.3f}")
-
-
-def row_of(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
-    progress = run.progress
-    row: dict[str, Any] = {"epoch": progress.epoch + 1, "time": progress.seconds}
-    row.update({f"train/{name}": float(value) / run.timeline.batches for name, value in progress.sums.items()})
-    row.update({name: value for name, value in metrics.items() if name != "fitness"})
-    row.update({f"lr/{group['kind']}": group["lr"] for group in run.optimizer.param_groups})
-    if run.pruner is not None:
-        row[results.ASKED], row[results.REACHED] = shares(run, run.ema.ema)
-        row["pruner_step"] = run.pruner.step
-    return row
-
-
-def shares(run: Run, model: nn.Module) -> tuple[float, float]:
-    """Asked and counted share of zeros among the weights that take part."""
-    groups, step = run.pruner.groups, run.pruner.step
-    total = sum(group.total for group in groups)
-    parameters = dict(model.named_parameters())
-    kept = sum(int(parameters[name].count_nonzero()) for name in run.pruner.masks())
-    return sum(group.share(step) * group.total for group in groups) / total, 1 - kept / total
-
-
-def target_reached(run: Run) -> bool:
-    return all(group.done for group in run.pruner.groups)
-
-
-def status(run: Run, seconds: float) -> str:
-    progress, timeline = run.progress, run.timeline
-    done = progress.epoch * timeline.batches + progress.batch
-    left = seconds / done * (timeline.epochs * timeline.batches - done)
-    loss = sum(float(value) for value in progress.sums.values()) / progress.batch
-    parts = [f"epoch {progress.epoch + 1}/{timeline.epochs}", f"loss {loss:.3g}"]
-    if run.pruner is not None:
-        share = sum(group.share(run.pruner.step) * group.total for group in run.pruner.groups)
-        parts.append(f"sparsity {share / sum(group.total for group in run.pruner.groups):.1%}")
-    if run.ranks.device.type == "cuda":
-        parts.append(f"GPU {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB")
-    return "  ".join([*parts, f"{results.duration(left)} left"])
 
 
 def check_loss(run: Run) -> None:
@@ -377,7 +288,7 @@ def save_model(run: Run, model: nn.Module, path: Path, metrics: dict[str, float]
 
 def save_state(run: Run, folder: Path) -> None:
     if run.ranks.first:
-        checkpoint.save(resume_state(run), folder / RESUME)
+        checkpoint.save(state_of(run), folder / RESUME)
 
 
 def stopped(run: Run, folder: Path, interrupt: Interrupt) -> int:
@@ -387,31 +298,6 @@ def stopped(run: Run, folder: Path, interrupt: Interrupt) -> int:
     )
     run.ranks.say(f"  --resume {folder}")
     return interrupt.exit_code
-
-
-def report(run: Run, metrics: dict[str, float], folder: Path) -> None:
-    """The table of every layer, as text, JSON and a picture."""
-    named = {"dense": run.progress.dense_metrics, "sparse": metrics}
-    run.pruner.metrics = {
-        f"{kind} {name.removeprefix('metrics/')}": round(values[name], 4)
-        for kind, values in named.items()
-        for name in (results.MAP50, results.BOTH)
-        if name in values
-    }
-    made = run.pruner.report()
-    made.save_json(folder / "pruning_report.json")
-    made.save_markdown(folder / "pruning_report.md")
-    if not run.options.noplots:
-        made.plot(folder / "pruning_report.png")
-
-
-def tensorboard(folder: Path) -> Any:
-    """A writer when TensorBoard is installed, else None."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from ultralytics.cfg import get_cfg
 from ultralytics.data.dataset import YOLODataset
-from ultralytics.models.yolo.detect import DetectionValidator
+from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint, torch_safe_load
 from ultralytics.utils import LOGGER, nms
 from ultralytics.utils.torch_utils import ModelEMA
@@ -43,6 +43,7 @@ SUPPORTED = ("8.4.100", "8.5")
 """The lowest version tested, and the first one that is not."""
 
 Model = DetectionModel
+Trainer = DetectionTrainer
 Ema = ModelEMA
 SCALES = "nsmlx"
 SECONDS_PER_IMAGE = 1e6
@@ -189,6 +190,11 @@ class Images(YOLODataset):
             self.cache = "ram"  # tells mosaic to draw from the whole set instead of what was loaded lately
             self.transforms = self.build_transforms(copy(kwargs["hyp"]))
 
+    def cache_images(self) -> None:
+        with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
+            loaded = pool.map(self.load_image, range(self.ni))
+        self.ims, self.im_hw0, self.im_hw = (list(column) for column in zip(*loaded, strict=True))
+
     def get_labels(self) -> list[dict[str, Any]]:
         self.get_label_files()
         verify, rows = self.verify_args()
@@ -247,13 +253,8 @@ collate = Images.collate_fn
 # ---- metrics --------------------------------------------------------------------------------------------------------
 
 
-class Evaluator(DetectionValidator):
-    """Upstream's metrics, step by step: on any device, on this rank's share of the images, and with no time limit."""
-
-    def __init__(self, hyp: SimpleNamespace, names: dict[int, str], device: torch.device, folder: Path) -> None:
-        settings = {**vars(hyp), "mode": "val", "plots": False, "save_json": False, "conf": None, "quantize": None}
-        super().__init__(None, save_dir=folder, args=settings)
-        self.device, self.data, self.names = device, {"names": names}, names
+class PatientValidator(DetectionValidator):
+    """Upstream's validator, with all the time it needs."""
 
     def postprocess(self, preds: Any) -> list[dict[str, Tensor]]:
         found = nms.non_max_suppression(
@@ -266,6 +267,15 @@ class Evaluator(DetectionValidator):
             max_time_img=SECONDS_PER_IMAGE,
         )
         return [{"bboxes": x[:, :4], "conf": x[:, 4], "cls": x[:, 5], "extra": x[:, 6:]} for x in found]
+
+
+class Evaluator(PatientValidator):
+    """Its metrics step by step: on any device, on this rank's share of the images."""
+
+    def __init__(self, hyp: SimpleNamespace, names: dict[int, str], device: torch.device, folder: Path) -> None:
+        settings = {**vars(hyp), "mode": "val", "plots": False, "save_json": False, "conf": None, "quantize": None}
+        super().__init__(None, save_dir=folder, args=settings)
+        self.device, self.data, self.names = device, {"names": names}, names
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[Any], criterion: Any, ranks: Any) -> dict[str, float]:

@@ -1,0 +1,88 @@
+"""Going on with a run: what is saved, where it is found, and which options may change. Tensors and plain data only."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apps.common.errors import BadInput
+from apps.common.ranks import Ranks
+from apps.common.run_folder import latest_folder
+from apps.yolov5.arguments import MAY_CHANGE, plain
+from apps.yolov5.hyp import KEYS
+from apps.yolov5.progress import Progress
+from pruning_core import CheckpointError, checkpoint
+
+if TYPE_CHECKING:
+    from apps.yolov5.run import Run
+
+RESUME = Path("weights/resume.pt")
+
+
+def find_state(options: Namespace, ranks: Ranks) -> dict[str, Any]:
+    folder = latest_folder(options.project, str(RESUME)) if options.resume is True else Path(options.resume)
+    if folder.suffix == ".pt":  # .../weights/last.pt, as YOLOv5 users write it
+        folder = folder.parent.parent
+    if not folder.is_dir():
+        raise BadInput(f"--resume: no such run, got {str(options.resume)!r}; give its folder, as runs/train/exp")
+    if not (folder / RESUME).is_file():
+        raise BadInput(f"--resume: nothing to go on with, got {str(folder)!r}; a finished run has no {RESUME}")
+    try:
+        state = checkpoint.load(folder / RESUME, map_location=ranks.device)
+    except CheckpointError as error:
+        raise BadInput(f"--resume: {error}") from error
+    missing = {"app", "options", "model", "progress"} - state.keys()
+    if missing or state["app"] != "yolov5":
+        raise BadInput(f"--resume: no state of a yolov5 run, got {str(folder / RESUME)!r}")
+    state["options"]["folder"] = str(folder)
+    if state["ranks"] != ranks.size:
+        ranks.say(
+            f"--resume: begun on {state['ranks']} ranks, goes on on {ranks.size}: the weights will differ a little"
+        )
+    return state
+
+
+def saved_options(options: Namespace, given: dict[str, Any], saved: dict[str, Any]) -> Namespace:
+    """The options the run was begun with. What is given anew must agree, or be free to change."""
+    for name, value in given.items():
+        if name not in MAY_CHANGE and plain(value) != saved.get(name):
+            spelled = "--" + name.replace("_", "-") if name in ("batch_size", "cos_lr", "sync_bn") else f"--{name}"
+            do = "leave it out, or begin a new run without --resume"
+            raise BadInput(f"{spelled}: this run was begun with {saved.get(name)!r}, got {plain(value)!r}; {do}")
+    merged = {**vars(options), **saved, **{name: given[name] for name in MAY_CHANGE if name in given}}
+    return Namespace(**{**merged, "resume": True, "project": Path(merged["project"])})
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    """Tensors and plain data; exact at every optimizer step."""
+    return {
+        "app": "yolov5",
+        "ranks": run.ranks.size,
+        "options": {name: plain(value) for name, value in vars(run.options).items() if name != "folder"},
+        "architecture": run.model.yaml,
+        "hyp": {key: getattr(run.hyp, key) for key in KEYS},
+        "model": run.model.state_dict(),
+        "ema": run.ema.ema.state_dict(),
+        "ema_updates": run.ema.updates,
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "pruner": run.pruner.state_dict() if run.pruner else None,
+        "progress": dict(vars(run.progress)),
+        "rng": checkpoint.rng_state(),
+    }
+
+
+def load_state(run: Run, state: dict[str, Any]) -> None:
+    run.model.load_state_dict(state["model"])
+    run.ema.ema.load_state_dict(state["ema"])
+    run.ema.updates = state["ema_updates"]
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
+    run.progress = Progress(**state["progress"])
+    try:
+        if run.pruner is not None:
+            run.pruner.load_state_dict(state["pruner"])
+    except ValueError as error:
+        raise BadInput(f"--resume: {error}") from error
+    checkpoint.load_rng_state({**state["rng"], "cuda": []})
