@@ -47,7 +47,7 @@ def test_each_epoch_ends_a_step_and_a_step_has_1_to_accumulate_batches(timeline)
     last = [-1, *ends(timeline)]
     assert set(range(timeline.batches - 1, timeline.epochs * timeline.batches, timeline.batches)) <= set(last)
     sizes = [after - before for before, after in pairwise(last)]
-    assert 1 <= min(sizes)
+    assert min(sizes) >= 1
     assert max(sizes) <= timeline.accumulate
     if timeline.accumulate == 1:
         assert timeline.steps == timeline.epochs * timeline.batches

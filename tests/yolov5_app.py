@@ -32,13 +32,13 @@ def main(words: list[str]) -> int:
         return int(left.code or 0)
 
 
-def start(words: list[str], ranks: int = 1) -> subprocess.Popen[str]:
+def start(words: list[str], ranks: int = 1, script: Path = SCRIPT) -> subprocess.Popen[str]:
     """In a process of its own, or in two under torchrun; stdout and stderr are one stream."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return subprocess.Popen(
-        [*launcher, str(SCRIPT), *words],
+        [*launcher, str(script), *words],
         cwd=ROOT,
         env=ENVIRONMENT,
         text=True,
@@ -47,7 +47,7 @@ def start(words: list[str], ranks: int = 1) -> subprocess.Popen[str]:
     )
 
 
-def run(words: list[str], ranks: int = 1) -> tuple[int, str]:
-    process = start(words, ranks)
+def run(words: list[str], ranks: int = 1, script: Path = SCRIPT) -> tuple[int, str]:
+    process = start(words, ranks, script)
     output, _ = process.communicate(timeout=300)
     return process.returncode, output

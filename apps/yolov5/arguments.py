@@ -43,7 +43,7 @@ MAY_CHANGE = (
 """Options that a resumed run may be given anew: they do not change its weights."""
 
 
-def count(least: int) -> Callable[[str], int]:
+def count(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
     def convert(text: str) -> int:
         try:
             value = int(text)
@@ -51,6 +51,8 @@ def count(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
         if value < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
         return value
 
     return convert
@@ -66,12 +68,21 @@ def positive(text: str) -> float:
     return value
 
 
+def folder(text: str) -> str:
+    """An empty variable in a script must not begin a new run."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be the folder of a run, got ''; without a value it is the latest run")
+    return text
+
+
 def parser() -> Parser:
     """Every option once; YOLOv5's names, and ours with underscores."""
     made = Parser(description="Train, prune and distil a YOLOv5 model.", epilog=EXAMPLES)
     made.gone = GONE
     model = made.add_argument_group("model and data")
-    model.add_argument("--weights", default="", help="checkpoint to start from (.pt); empty: from scratch, with --cfg")
+    model.add_argument(
+        "--weights", default="", help="checkpoint or run folder to start from (yolov5s.pt, unless --cfg)"
+    )
     model.add_argument("--cfg", default="", help="yolov5n ... yolov5x, yolov5s6, or a yaml; with --weights: a new head")
     model.add_argument("--data", default="", help="data yaml: train, val, names")
     model.add_argument("--hyp", help="hyperparameter yaml; files of the old yolov5 repository are translated")
@@ -105,7 +116,9 @@ def parser() -> Parser:
     place.add_argument("--project", type=Path, default=Path("runs/train"), help="(runs/train)")
     place.add_argument("--name", default="exp", help="(exp, exp2, ...)")
     place.add_argument("--exist-ok", action="store_true", help="write into an old run's folder")
-    place.add_argument("--resume", nargs="?", const=True, help="go on with a run: its folder or last.pt (the latest)")
+    place.add_argument(
+        "--resume", nargs="?", type=folder, const=True, help="go on with a run: its folder or last.pt (the latest)"
+    )
     place.add_argument("--save-period", type=count(-1), default=-1, help="also keep every N-th epoch")
     place.add_argument("--nosave", action="store_true", help="models of the last epoch only")
     place.add_argument("--noval", action="store_true", help="evaluate the last epoch only")

@@ -43,7 +43,7 @@ def read_hyp(path: str | None, say: Callable[[str], None]) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise BadInput(f"--hyp: not a yaml file ({' '.join(str(error).split())}), got {path!r}") from error
     if not isinstance(content, dict):
-        raise BadInput(f"--hyp: must hold 'name: number' lines, got {path!r}; see recipes/hyp.small.yaml")
+        raise BadInput(f"--hyp: must hold 'name: number' lines, got {path!r}; see recipes/hyp.finetune.yaml")
     return translate(content, say)
 
 
@@ -73,4 +73,6 @@ def _number(key: str, value: Any) -> float:
             number = float(value)
     if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < float("inf"):
         raise BadInput(f"--hyp: {key}: must be a number of 0 or more, got {value!r}; leave it out for the default")
+    if key == "momentum" and number >= 1:
+        raise BadInput(f"--hyp: momentum: must be below 1, got {value!r}; 0.9 is usual")
     return number

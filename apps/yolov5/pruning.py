@@ -15,9 +15,6 @@ from apps.yolov5 import ultralytics_adapter as adapter
 from pruning_core import Pruning, WeightPruningConfig
 from pruning_core.options import LOCK
 
-DISTANCES = r"\.dfl\."
-"""The constants 0, 1, 2, ... that turn bins into distances: a convolution by type, no weight by meaning."""
-
 
 def begin_pruning(
     source: Any,
@@ -30,11 +27,12 @@ def begin_pruning(
     """A pruner whose masks change from the first to the last step of ``window``, whatever steps its source names."""
     try:
         pruners = WeightPruningConfig(source).to_dict()["pruning_configs"]
+        frozen = _frozen_layers(model)
         for options in pruners:
             if options["pruning_type"] != LOCK:
                 options.update(start_step=window[0], end_step=window[1])
-            if DISTANCES not in options["extra_excluded_op_names"]:
-                options["extra_excluded_op_names"] = [*options["extra_excluded_op_names"], DISTANCES]
+            given = options["extra_excluded_op_names"]
+            options["extra_excluded_op_names"] = [*given, *(name for name in frozen if name not in given)]
         pruner = Pruning(pruners)
         pruner.model, pruner.optimizer = model, optimizer
         with warnings.catch_warnings(record=True) as caught:
@@ -45,6 +43,13 @@ def begin_pruning(
     for warning in caught:
         say(f"--pruning_config: {warning.message}{_head_hint(str(warning.message), model)}")
     return pruner
+
+
+def _frozen_layers(model: nn.Module) -> list[str]:
+    """What is not trained is not pruned: ``--freeze``, and the constants 0, 1, 2, ... that turn bins into distances."""
+    layers = {name.rpartition(".")[0] for name, weight in model.named_parameters() if not weight.requires_grad}
+    modules = dict(model.named_modules())
+    return [f"^{re.escape(layer)}$" for layer in sorted(layers) if isinstance(modules[layer], nn.Conv2d | nn.Linear)]
 
 
 def _head_hint(message: str, model: adapter.Model) -> str:

@@ -127,7 +127,9 @@ def _check(options: Namespace, ranks: Ranks) -> None:
             "--data: is missing; make a small set with python data/shapes_detection.py --output datasets/shapes"
         )
     if not options.weights and not options.cfg:
-        raise BadInput("--weights: is missing; give a checkpoint, or --cfg yolov5n to train from scratch")
+        options.weights = "yolov5s.pt"  # YOLOv5's default
+    options.weights = options.weights and adapter.checkpoint_file(options.weights)
+    options.teacher_weights = options.teacher_weights and adapter.checkpoint_file(options.teacher_weights)
     if options.batch_size % ranks.size:
         raise BadInput(
             f"--batch-size: counts all ranks and must divide by their number {ranks.size}, got {options.batch_size}"

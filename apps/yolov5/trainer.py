@@ -45,7 +45,7 @@ class PruningTrainer(adapter.Trainer):
         super()._setup_train()
         batches = len(self.train_loader)
         start = min(self._get_warmup_iterations(batches), (self.epochs - self.cooldown_epochs - 1) * batches)
-        # The last step before the cooldown lies in its last `accumulate` batches: the target is reached there at latest.
+        # The last step before the cooldown lies in the last `accumulate` batches: by then the target is reached.
         end = max((self.epochs - self.cooldown_epochs) * batches - self.accumulate, start)
         total = self.epochs * batches
         self.pruner = begin_pruning(self.config, self.model, self.optimizer, (start, end), total, print)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import copy, deepcopy
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -29,8 +30,8 @@ from torch import Tensor, nn
 from ultralytics.cfg import get_cfg
 from ultralytics.data.dataset import YOLODataset
 from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
-from ultralytics.nn.tasks import DetectionModel, load_checkpoint, torch_safe_load
-from ultralytics.utils import LOGGER, nms
+from ultralytics.nn.tasks import DetectionModel, guess_model_scale, load_checkpoint, torch_safe_load
+from ultralytics.utils import LOGGER, YAML, downloads, nms
 from ultralytics.utils.torch_utils import ModelEMA
 
 from apps.common.errors import BadInput
@@ -77,20 +78,30 @@ def new_model(name: str | dict[str, Any], names: dict[int, str]) -> Model:
     """A fresh model of an architecture (its name, or the ``model.yaml`` of another model)."""
     config = architecture(name) if isinstance(name, str) else deepcopy(name)
     try:
+        if isinstance(config, str) and Path(config).is_file():  # upstream reads yolov5s6.yaml as yolov5s-p6.yaml
+            config = {**YAML.load(config), "scale": guess_model_scale(config), "yaml_file": config}
         return _dressed(DetectionModel(config, nc=len(names), verbose=False), names)
-    except (KeyError, TypeError, IndexError, SyntaxError, AttributeError) as error:
-        raise BadInput(f"--cfg: upstream cannot build it ({error}), got {name}; see yolov5n.yaml") from error
+    except (KeyError, TypeError, IndexError, SyntaxError, AttributeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise BadInput(f"--cfg: upstream cannot build it ({reason}), got {name}; see yolov5n.yaml") from error
+
+
+def checkpoint_file(path: str) -> str:
+    """A checkpoint, or the best one in the folder of a run."""
+    places = [Path(path) / name for name in ("weights/best.pt", "best.pt")]
+    return str(next((place for place in places if place.is_file()), path))
 
 
 def load_model(path: str | Path, option: str) -> Model:
-    """The model inside an ultralytics checkpoint, in fp32. Loaded without running pickled code."""
+    """The model inside an ultralytics checkpoint, in fp32. No pickled code is run."""
     if not Path(path).is_file():
         hint = "nothing is downloaded: give a checkpoint that you have, or --cfg yolov5n.yaml to train from scratch"
         raise BadInput(f"{option}: no such file, got {str(path)!r}; {hint}")
     if Path(path).suffix != ".pt":
         raise BadInput(f"{option}: must be a .pt checkpoint, got {str(path)!r}; use --cfg for a model yaml")
     try:
-        model, _ = load_checkpoint(path)
+        with _names_as_given():
+            model, _ = load_checkpoint(path)
     except (TypeError, KeyError, AttributeError, ModuleNotFoundError, RuntimeError, EOFError) as error:
         reason = " ".join(str(error).split())[:160]
         do = "use a .pt of ultralytics 8 or of this app (old yolov5 repository files have another head)"
@@ -98,6 +109,17 @@ def load_model(path: str | Path, option: str) -> Model:
     if not isinstance(model, DetectionModel):
         raise BadInput(f"{option}: must hold a detection model, got {type(model).__name__}; use a yolov5 checkpoint")
     return model
+
+
+@contextmanager
+def _names_as_given() -> Iterator[None]:
+    """Upstream reads yolov5s.pt as yolov5su.pt, even where the first is there, and downloads the second."""
+    theirs = downloads.attempt_download_asset
+    downloads.attempt_download_asset = lambda file, **_: str(file)
+    try:
+        yield
+    finally:
+        downloads.attempt_download_asset = theirs
 
 
 def trainable_copy(model: Model, names: dict[int, str]) -> Model:
@@ -131,7 +153,7 @@ def hyperparameters(values: dict[str, Any]) -> SimpleNamespace:
     """Upstream's settings with these changed; the loss and the augmentations read them."""
     try:
         return get_cfg(overrides={"task": "detect", "mode": "train", **values})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, SyntaxError) as error:
         raise BadInput(f"--hyp: {' '.join(str(error).split())}; see ultralytics' default.yaml") from error
 
 
@@ -172,7 +194,8 @@ def save_model(model: Model, path: Path, *, arguments: dict[str, Any], metrics: 
 
 def content_of(path: Path) -> dict[str, Any]:
     """All of what ``save_model`` wrote."""
-    return torch_safe_load(path)[0]
+    with _names_as_given():
+        return torch_safe_load(path)[0]
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------

@@ -155,9 +155,10 @@ class Pruning:
         self._began = False
         for group in self.groups:
             if not group.done:
+                reached = group.table.share(group.updated_at) if group.updated_at >= 0 else 0.0
                 warnings.warn(
                     f"{group.where}: stopped at step {self.step} of end_step {group.table.end}, at sparsity "
-                    f"{group.share(self.step):.3f} of {group.options.target_sparsity}; steps are optimizer steps, not "
+                    f"{reached:.3f} of {group.options.target_sparsity}; steps are optimizer steps, not "
                     "batches",
                     stacklevel=2,
                 )
