@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_rank_0_alone_speaks(parser, capsys, monkeypatch):
     waits = []
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(arguments, "RANK_0_SPEAKS_WITHIN", 0.5)
-    monkeypatch.setattr(arguments.time, "sleep", waits.append)
+    monkeypatch.setattr(arguments, "time", SimpleNamespace(sleep=waits.append))
     with pytest.raises(SystemExit) as left:
         parser.parse_args(["--evolve"])
     assert left.value.code == EXIT_BAD_INPUT
@@ -214,7 +215,7 @@ def test_together_passes_bad_input_on_and_no_other_error_is_swallowed():
 def clock(monkeypatch):
     """Seconds that pass when the test says so."""
     now = [100.0]
-    monkeypatch.setattr(interrupt.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(interrupt, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     return now
 

@@ -12,6 +12,7 @@ from pruning_core.criteria import CRITERIA
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "apps").glob("*/README.md"))
 BLOCK = re.compile(r"<!-- run -->\n```python\n(.*?)```", re.DOTALL)
 SAMPLES = [(page, code) for page in PAGES for code in BLOCK.findall(page.read_text())]
 
@@ -55,6 +56,41 @@ def run(*command, cwd=ROOT):
     command = [sys.executable, *command]
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # two threads beside two test workers wait for each other
     return subprocess.run(command, check=False, cwd=cwd, env=alone, capture_output=True, text=True, timeout=300)
+
+
+def commands(page, script):
+    """The command lines of a page that call a script, continuation lines joined, without the comments."""
+    text = page.read_text().replace("\\\n", " ")
+    return re.findall(rf"^(?:python|torchrun [^\n]*?) ?{re.escape(script)} (.*)$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_yolov5_commands_have_known_options_and_files(page):
+    from apps.yolov5.arguments import parser
+
+    for command in commands(page, "apps/yolov5/train_prune.py"):
+        options = parser().parse_args(command.split())
+        for path in (options.pruning_config, options.hyp):
+            assert path is None or (ROOT / path).exists(), command
+
+
+def test_the_yolov5_commands_are_found():
+    assert len(commands(ROOT / "apps/yolov5/README.md", "apps/yolov5/train_prune.py")) >= 4
+
+
+@pytest.mark.slow
+def test_the_demo_in_short(tmp_path):
+    """The commands of `make demo`, with fewer images and epochs."""
+    shown = subprocess.run(["make", "-n", "demo"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    lines = [line for line in shown.replace("\\\n", " ").splitlines() if ".py " in line]
+    assert len(lines) == 3
+    for line in lines:
+        line = line.replace("datasets/shapes", f"{tmp_path}/shapes", 1).replace("runs/demo", str(tmp_path))
+        line = re.sub(r"--epochs \d+", "--epochs 3", line).replace("--cooldown_epochs 6", "--cooldown_epochs 1")
+        words = line.split()[1:] + (["--train", "12", "--val", "6"] if "shapes_detection" in line else [])
+        done = run(*words)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"sparse \(best\.pt\) .* 80\.00% +(80\.00|79\.9\d)%", done.stdout)
 
 
 @pytest.mark.slow

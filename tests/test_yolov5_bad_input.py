@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import random
 import re
 import shutil
+import subprocess
+import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -261,8 +265,46 @@ NO_MODEL = (
     ],
 )
 def test_weights(refused, world, file, message):
-    assert said(message.replace("{file}", file), refused("--cfg=", f"--weights={world / file}"))
+    with warnings.catch_warnings(record=True) as warned:  # these are lines on stderr, too
+        warnings.simplefilter("always")
+        assert said(message.replace("{file}", file), refused("--cfg=", f"--weights={world / file}"))
+    assert [str(warning.message) for warning in warned] == []
     assert not (world / "touched").exists()
+
+
+def test_damaged_bytes_are_bad_input_or_harmless(world, tmp_path):
+    content, chance = (world / "good.pt").read_bytes(), random.Random(0)
+    end = content.index(b"PK\x03\x04", 1)  # of the pickle, the first file in the archive
+    outcomes = set()
+    for _ in range(60):
+        damaged = bytearray(content)
+        for _ in range(chance.randint(1, 3)):
+            damaged[chance.randrange(64, end)] = chance.randrange(256)
+        (tmp_path / "damaged.pt").write_bytes(damaged)
+        try:
+            outcomes.add(type(adapter.load_model(tmp_path / "damaged.pt", "--weights")))
+        except BadInput as error:
+            outcomes.add(type(error))
+            assert "\n" not in str(error)
+    assert outcomes == {BadInput, adapter.Model}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "safe"), [("pass", ""), ("import ultralytics.nn.tasks", ""), ("pass", "false")])
+def test_no_pickled_code_is_run_whatever_was_imported_before(world, first, safe):
+    """Upstream reads its settings from the environment once, when it is imported."""
+    code = (
+        f"{first}; from apps.yolov5 import ultralytics_adapter as it; it.load_model({str(world / 'foreign.pt')!r}, '')"
+    )
+    environment = {key: value for key, value in yolov5_app.ENVIRONMENT.items() if key != "ULTRALYTICS_SAFE_LOAD"}
+    environment |= {"ULTRALYTICS_SAFE_LOAD": safe} if safe else {}
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=yolov5_app.ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    touched = (world / "touched").exists()
+    (world / "touched").unlink(missing_ok=True)
+    assert "BadInput" in process.stderr
+    assert not touched
 
 
 def test_without_weights_and_cfg_yolov5s_is_wanted_and_not_downloaded(refused, tmp_path, monkeypatch):

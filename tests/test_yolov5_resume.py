@@ -163,3 +163,35 @@ def test_two_ranks_interrupted_by_sigterm(place):
     code, output = app.run(["--resume", str(place / "ranks_stopped")], ranks=2)
     assert code == 0, output
     assert_same(place / "ranks", place / "ranks_stopped")
+
+
+@pytest.fixture
+def stopped_run(place, tmp_path, monkeypatch) -> Path:
+    """A run with a recipe and a data set of its own, stopped in its first epoch."""
+    from apps.yolov5 import train_prune
+
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    make(tmp_path / "set", train=14, val=6, size=64)
+    more = [f"--project={tmp_path}", f"--data={tmp_path}/set/data.yaml", f"--pruning_config={tmp_path}/recipe.yaml"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_prune, "Interrupt", lambda: StopAt(1))
+        assert app.main([*words(place, "stopped"), *more]) == 143
+    return tmp_path / "stopped"
+
+
+def test_a_changed_recipe_is_noticed(stopped_run, capsys):
+    recipe = stopped_run.parent / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**RECIPE, "target_sparsity": 0.9}))
+    assert app.main(["--resume", str(stopped_run), f"--pruning_config={recipe}"]) == 2
+    assert "--pruning_config: changed since this run was begun" in capsys.readouterr().err
+    assert app.main(["--resume", str(stopped_run)]) == 0
+    printed = capsys.readouterr().out
+    assert "has changed; this run goes on with what it was begun with" in printed
+    assert "60.00%" in printed
+
+
+def test_changed_data_are_refused(stopped_run, capsys):
+    (stopped_run.parent / "set/images/train/shapes-00003.png").unlink()
+    assert app.main(["--resume", str(stopped_run)]) == 2
+    assert "--data: this run was begun with 14 images of 3 classes, got 13 of 3" in capsys.readouterr().err
+    assert (stopped_run / "weights/resume.pt").exists()

@@ -16,23 +16,32 @@ from pruning_core import Pruning, WeightPruningConfig
 from pruning_core.options import LOCK
 
 
+def read_recipe(source: Any) -> dict[str, Any]:
+    """A yaml, a dict, a list of dicts or nothing, checked, with all defaults."""
+    try:
+        return WeightPruningConfig(source).to_dict()
+    except ValueError as error:
+        raise BadInput(f"--pruning_config: {error}") from error
+
+
 def begin_pruning(
-    source: Any,
+    recipe: dict[str, Any],
     model: adapter.Model,
     optimizer: torch.optim.Optimizer,
     window: tuple[int, int],
     total_steps: int,
     say: Callable[[str], None],
 ) -> Pruning:
-    """A pruner whose masks change from the first to the last step of ``window``, whatever steps its source names."""
+    """A pruner whose masks change from the first to the last step of ``window``, whatever steps its recipe names."""
+    frozen = _frozen_layers(model)
+    pruners = []
+    for options in recipe["pruning_configs"]:
+        given = options["extra_excluded_op_names"]
+        chosen = {"extra_excluded_op_names": [*given, *(name for name in frozen if name not in given)]}
+        if options["pruning_type"] != LOCK:
+            chosen |= {"start_step": window[0], "end_step": window[1]}
+        pruners.append({**options, **chosen})
     try:
-        pruners = WeightPruningConfig(source).to_dict()["pruning_configs"]
-        frozen = _frozen_layers(model)
-        for options in pruners:
-            if options["pruning_type"] != LOCK:
-                options.update(start_step=window[0], end_step=window[1])
-            given = options["extra_excluded_op_names"]
-            options["extra_excluded_op_names"] = [*given, *(name for name in frozen if name not in given)]
         pruner = Pruning(pruners)
         pruner.model, pruner.optimizer = model, optimizer
         with warnings.catch_warnings(record=True) as caught:

@@ -104,8 +104,8 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def plot(table: ResultsTable, path: Path) -> None:
-    """mAP and sparsity over the epochs on one axis, the losses below."""
+def plot(table: ResultsTable, dense: dict[str, float], path: Path) -> None:
+    """mAP and sparsity over the epochs on one axis, beside the dense model's; the losses below."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 6), layout="constrained")
@@ -114,13 +114,15 @@ def plot(table: ResultsTable, path: Path) -> None:
         points = table.column(name)
         if points:
             top.plot(*zip(*points, strict=True), style, label=label, marker="." if len(points) < 40 else "")
+    if MAP50 in dense:
+        top.axhline(dense[MAP50], color="0.5", linewidth=1, zorder=1, label="mAP50 of the dense model")
     top.set_ylim(0, 1.02)
     top.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    top.legend(loc="lower right", frameon=False)
+    top.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=9)
     top.set_ylabel("validation mAP, share of zeros")
     for name in dict.fromkeys(key for row in table.rows for key in row if key.startswith("train/")):
         bottom.plot(*zip(*table.column(name), strict=True), label=name.removeprefix("train/"))
-    bottom.legend(loc="upper right", frameon=False, fontsize=8)
+    bottom.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, frameon=False, fontsize=9)
     bottom.set_ylabel("training loss")
     bottom.set_xlabel("epoch")
     bottom.xaxis.get_major_locator().set_params(integer=True)

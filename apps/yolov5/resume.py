@@ -12,7 +12,7 @@ from apps.common.run_folder import latest_folder
 from apps.yolov5.arguments import MAY_CHANGE, plain
 from apps.yolov5.hyp import KEYS
 from apps.yolov5.progress import Progress
-from pruning_core import CheckpointError, checkpoint
+from pruning_core import CheckpointError, WeightPruningConfig, checkpoint
 
 if TYPE_CHECKING:
     from apps.yolov5.run import Run
@@ -29,7 +29,7 @@ def find_state(options: Namespace, ranks: Ranks) -> dict[str, Any]:
     if not (folder / RESUME).is_file():
         raise BadInput(f"--resume: nothing to go on with, got {str(folder)!r}; a finished run has no {RESUME}")
     try:
-        state = checkpoint.load(folder / RESUME, map_location=ranks.device)
+        state = checkpoint.load(folder / RESUME)
     except CheckpointError as error:
         raise BadInput(f"--resume: {error}") from error
     missing = {"app", "options", "model", "progress"} - state.keys()
@@ -54,6 +54,26 @@ def saved_options(options: Namespace, given: dict[str, Any], saved: dict[str, An
     return Namespace(**{**merged, "resume": True, "project": Path(merged["project"])})
 
 
+def check_same(run: Run, state: dict[str, Any], given: dict[str, Any]) -> None:
+    """The data and the recipe are still those the run was begun with."""
+    images = len(run.train_batches.images)
+    if (images, run.data.names) != (state["images"], state["names"]):
+        was, now = f"{state['images']} images of {len(state['names'])} classes", f"{images} of {len(run.data.names)}"
+        raise BadInput(f"--data: this run was begun with {was}, got {now}; put them back, or begin a new run")
+    path = run.options.pruning_config
+    if path is None or not Path(path).is_file():
+        return
+    try:
+        same = WeightPruningConfig(path).to_dict() == state["recipe"]
+    except ValueError:
+        same = False
+    if same:
+        return
+    if "pruning_config" in given:
+        raise BadInput(f"--pruning_config: changed since this run was begun, got {path}; put it back or leave it out")
+    run.ranks.say(f"--pruning_config: {path} has changed; this run goes on with what it was begun with")
+
+
 def state_of(run: Run) -> dict[str, Any]:
     """Tensors and plain data; exact at every optimizer step."""
     return {
@@ -67,6 +87,9 @@ def state_of(run: Run) -> dict[str, Any]:
         "ema_updates": run.ema.updates,
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
+        "images": len(run.train_batches.images),
+        "names": run.data.names,
+        "recipe": run.recipe,
         "pruner": run.pruner.state_dict() if run.pruner else None,
         "progress": dict(vars(run.progress)),
         "rng": checkpoint.rng_state(),
@@ -80,6 +103,7 @@ def load_state(run: Run, state: dict[str, Any]) -> None:
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
     run.progress = Progress(**state["progress"])
+    run.progress.sums = {name: value.to(run.ranks.device) for name, value in run.progress.sums.items()}
     try:
         if run.pruner is not None:
             run.pruner.load_state_dict(state["pruner"])

@@ -17,8 +17,8 @@ from apps.yolov5 import ultralytics_adapter as adapter
 from apps.yolov5.data_set import DataSet, TrainBatches, ValBatches, read_data
 from apps.yolov5.hyp import read_hyp
 from apps.yolov5.progress import Progress
-from apps.yolov5.pruning import begin_pruning
-from apps.yolov5.resume import find_state, load_state, saved_options
+from apps.yolov5.pruning import begin_pruning, read_recipe
+from apps.yolov5.resume import check_same, find_state, load_state, saved_options
 from apps.yolov5.timeline import Timeline, check_epochs
 from pruning_core import Pruning
 from pruning_core.distillation import DetectionDistillation
@@ -44,6 +44,8 @@ class Run:
     start: adapter.Model | None = None
     """The model that ``--weights`` held: evaluated once, as the dense model that the sparse one is measured against."""
     frozen: tuple[str, ...] = ()
+    recipe: dict[str, Any] | None = None
+    """The pruning configuration as it was given, before the app set its steps."""
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -64,6 +66,7 @@ def build(options: Namespace, given: dict[str, Any], ranks: Ranks) -> Run:
         options = saved_options(options, given, state["options"])
     run = _build(options, ranks, state)
     if state is not None:
+        check_same(run, state, given)
         load_state(run, state)
     return run
 
@@ -109,9 +112,9 @@ def _build(options: Namespace, ranks: Ranks, state: dict[str, Any] | None) -> Ru
     )
     run.scaler = torch.amp.GradScaler(ranks.device.type, enabled=run.amp is torch.float16)
     if options.do_prune:
-        source = state["pruner"]["config"] if state else options.pruning_config
         window = timeline.pruning_starts, timeline.pruning_ends
-        run.pruner = begin_pruning(source, model, run.optimizer, window, timeline.steps, ranks.say)
+        run.recipe = state["recipe"] if state else read_recipe(options.pruning_config)
+        run.pruner = begin_pruning(run.recipe, model, run.optimizer, window, timeline.steps, ranks.say)
     if options.dist_loss:
         run.teacher = _teacher(run)
         run.distillation = DetectionDistillation(

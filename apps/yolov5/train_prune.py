@@ -230,7 +230,7 @@ def finish(run: Run, evaluator: adapter.Evaluator, folder: Path, table: ResultsT
         rows.append((f"sparse ({shipped.name})", metrics, *shares, shipped.stat().st_size))
         results.report(run, metrics, folder)
     if not run.options.noplots:
-        results.plot(table, folder / "results.png")
+        results.plot(table, progress.dense_metrics, folder / "results.png")
     print(f"\n{results.epochs_of(progress.epoch)} in {results.duration(progress.seconds)}, all in {folder}")
     print(results.last_table(rows))
     if run.pruner is not None:
@@ -301,4 +301,7 @@ def stopped(run: Run, folder: Path, interrupt: Interrupt) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(OPTIONS, GIVEN))
+    try:
+        sys.exit(main(OPTIONS, GIVEN))
+    except KeyboardInterrupt:
+        sys.exit("interrupted before training began; nothing was written")

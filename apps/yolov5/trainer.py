@@ -18,7 +18,7 @@ from torch import nn
 
 from apps.common.errors import BadInput
 from apps.yolov5 import ultralytics_adapter as adapter
-from apps.yolov5.pruning import asked, begin_pruning, end_pruning, target_reached
+from apps.yolov5.pruning import asked, begin_pruning, end_pruning, read_recipe, target_reached
 from apps.yolov5.timeline import check_epochs
 from pruning_core import Pruning
 
@@ -48,7 +48,7 @@ class PruningTrainer(adapter.Trainer):
         # The last step before the cooldown lies in the last `accumulate` batches: by then the target is reached.
         end = max((self.epochs - self.cooldown_epochs) * batches - self.accumulate, start)
         total = self.epochs * batches
-        self.pruner = begin_pruning(self.config, self.model, self.optimizer, (start, end), total, print)
+        self.pruner = begin_pruning(read_recipe(self.config), self.model, self.optimizer, (start, end), total, print)
         self._batch = 0
         self._chosen_after_target = False
         self.add_callback("on_train_batch_start", lambda trainer: trainer.pruner.on_step_begin(trainer._batch))

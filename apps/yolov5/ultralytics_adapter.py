@@ -102,7 +102,7 @@ def load_model(path: str | Path, option: str) -> Model:
     try:
         with _names_as_given():
             model, _ = load_checkpoint(path)
-    except (TypeError, KeyError, AttributeError, ModuleNotFoundError, RuntimeError, EOFError) as error:
+    except Exception as error:  # a damaged file can raise anything
         reason = " ".join(str(error).split())[:160]
         do = "use a .pt of ultralytics 8 or of this app (old yolov5 repository files have another head)"
         raise BadInput(f"{option}: not an ultralytics model ({reason}), got {str(path)!r}; {do}") from error
