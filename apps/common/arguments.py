@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 import time
 from collections.abc import Sequence
 from typing import NoReturn
-
-from pruning_core.registry import did_you_mean
 
 EXIT_BAD_INPUT = 2
 RANK_0_SPEAKS_WITHIN = 20.0  # seconds
@@ -35,7 +34,8 @@ class Parser(argparse.ArgumentParser):
             return f"arguments: unexpected {word!r}; every value follows an --option"
         if word in self.gone:
             return f"{word}: is no option here; {self.gone[word]}"
-        return f"{word}: unknown option; {did_you_mean(word, self._option_string_actions)}"
+        near = difflib.get_close_matches(word, self._option_string_actions, n=1)
+        return f"{word}: unknown option; " + (f"did you mean {near[0]!r}?" if near else "see --help")
 
     def given(self, args: Sequence[str] | None = None) -> dict[str, object]:
         """Only what stands on the command line, without the defaults."""

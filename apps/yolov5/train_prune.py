@@ -83,6 +83,7 @@ def train(run: Run, interrupt: Interrupt) -> int:
         if writer is not None:
             for name, value in table.rows[-1].items():
                 writer.add_scalar(name, value, progress.epoch)
+            writer.flush()
         if not options.nosave:
             save_state(run, folder)
         if stop:
@@ -102,6 +103,7 @@ def one_epoch(run: Run, net: nn.Module, interrupt: Interrupt, began: float) -> b
             module.eval()
     batches = run.train_batches.epoch(progress.epoch, first=progress.batch)
     bar = tqdm(batches, disable=None if ranks.first else True, leave=False, unit="batch")
+    shown = 0.0
     for batch in bar:
         number = progress.epoch * timeline.batches + progress.batch  # since training began
         set_rates(run, number)
@@ -129,8 +131,9 @@ def one_epoch(run: Run, net: nn.Module, interrupt: Interrupt, began: float) -> b
         run.scaler.update()
         run.optimizer.zero_grad()
         run.ema.update(run.model)
-        if not bar.disable:
-            bar.set_description_str(results.status(run, time.monotonic() - began))
+        if not bar.disable and time.monotonic() - shown > 0.5:  # reading the loss waits for the GPU
+            shown = time.monotonic()
+            bar.set_description_str(results.status(run, shown - began))
         if ranks.any(interrupt.signal is not None):
             break
     return progress.batch == timeline.batches
