@@ -59,7 +59,7 @@ def refused(parser: Parser, words: list[str], capsys: pytest.CaptureFixture[str]
         (["--cos"], r"--cos: unknown option; did you mean '--cos-lr'\?"),
         (["-epochs", "3"], r"-epochs: unknown option; did you mean '--epochs'\?"),
         (["--batch_size=3"], r"--batch_size: unknown option; did you mean '--batch-size'\?"),
-        (["--zzzzzz"], r"--zzzzzz: unknown option; known: .*--epochs.*"),
+        (["--zzzzzz"], r"--zzzzzz: unknown option; see --help"),
         (["--evolve"], r"--evolve: is no option here; leave it out"),
         (["--evolve=300"], r"--evolve: is no option here; leave it out"),
         (["--evolve", "300"], r"--evolve: is no option here; leave it out"),

@@ -169,8 +169,8 @@ WORDS = [
     (["--name="], r"--name: must be a plain folder name, got ''; put the path into --project"),
     (["--project={world}/good.pt"], r"--project: .+, got .*good.pt.*"),
     (["--device=gpu"], r"--device: unknown device, got gpu; use cpu, mps, cuda:0 or indices such as 0,1"),
-    (["--freeze", "99"], r"--freeze: the model has layers 0 to 24, got \d+"),
-    (["--freeze", "3", "25"], r"--freeze: the model has layers 0 to 24, got 25"),
+    (["--freeze", "99"], r"--freeze: the model has 25 layers, numbered from 0, got 99; freeze fewer of them"),
+    (["--freeze", "3", "25"], r"--freeze: the model has 25 layers, numbered from 0, got 3 25; freeze fewer of them"),
     (["--freeze", "25"], r"--freeze: .+"),  # every layer: nothing is left to train
     (["--freeze", "-1"], r"--freeze: must be at least 0, got -1"),
     (["--hyp={world}/no.yaml"], r"--hyp: no such file, got '.*no.yaml'; leave it out for the defaults"),

@@ -152,6 +152,18 @@ def test_a_real_signal_saves_and_leaves(place, uninterrupted, number):
 
 
 @pytest.mark.slow
+def test_a_killed_run_goes_on(place, uninterrupted):
+    """kill -9: what was trained since the last save is trained again, to the same weights."""
+    process = app.start(words(place, "killed"))
+    wait_for(process, "epoch 2/4")
+    process.kill()
+    process.communicate()
+    code, output = app.run(["--resume", str(place / "killed")])
+    assert code == 0, output
+    assert_same(uninterrupted, place / "killed")
+
+
+@pytest.mark.slow
 def test_two_ranks_interrupted_by_sigterm(place):
     code, output = app.run(words(place, "ranks"), ranks=2)
     assert code == 0, output

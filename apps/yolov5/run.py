@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -133,6 +134,9 @@ def _check(options: Namespace, ranks: Ranks) -> None:
         options.weights = "yolov5s.pt"  # YOLOv5's default
     options.weights = options.weights and adapter.checkpoint_file(options.weights)
     options.teacher_weights = options.teacher_weights and adapter.checkpoint_file(options.teacher_weights)
+    place = next(place for place in (options.project, *options.project.absolute().parents) if place.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise BadInput(f"--project: is no folder to write to, got {str(options.project)!r}; choose another")
     if options.batch_size % ranks.size:
         raise BadInput(
             f"--batch-size: counts all ranks and must divide by their number {ranks.size}, got {options.batch_size}"
@@ -176,11 +180,14 @@ def _freeze(model: adapter.Model, freeze: list[int]) -> tuple[str, ...]:
     layers = len(model.model)
     numbers = list(range(freeze[0])) if len(freeze) == 1 else freeze
     if any(number >= layers for number in numbers):
-        raise BadInput(f"--freeze: the model has layers 0 to {layers - 1}, got {max(numbers)}")
+        got = " ".join(map(str, freeze))
+        raise BadInput(f"--freeze: the model has {layers} layers, numbered from 0, got {got}; freeze fewer of them")
     prefixes = tuple(f"model.{number}." for number in numbers)
     for name, parameter in model.named_parameters():
         if name.startswith(prefixes):
             parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise BadInput(f"--freeze: leaves nothing to train, got {' '.join(map(str, freeze))}; freeze fewer of them")
     return prefixes
 
 

@@ -84,11 +84,12 @@ def train(run: Run, interrupt: Interrupt) -> int:
             for name, value in table.rows[-1].items():
                 writer.add_scalar(name, value, progress.epoch)
             writer.flush()
-        if not options.nosave:
+        interrupted = ranks.any(interrupt.signal is not None)
+        if interrupted or not options.nosave:
             save_state(run, folder)
         if stop:
             break
-        if ranks.any(interrupt.signal is not None):
+        if interrupted:
             return stopped(run, folder, interrupt)
     finish(run, evaluator, folder, table)
     return 0

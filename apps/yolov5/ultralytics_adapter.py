@@ -6,8 +6,10 @@ Model, data set, loss, moving average and metrics come from there. Pinned to the
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
@@ -28,8 +30,11 @@ os.environ.setdefault("YOLO_VERBOSE", "false")
 import torch
 from torch import Tensor, nn
 from ultralytics.cfg import get_cfg
+from ultralytics.data import utils as data_utils
 from ultralytics.data.dataset import YOLODataset
 from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
+from ultralytics.nn import tasks
+from ultralytics.nn.modules import Detect
 from ultralytics.nn.tasks import DetectionModel, guess_model_scale, load_checkpoint, torch_safe_load
 from ultralytics.utils import LOGGER, YAML, downloads, nms
 from ultralytics.utils.torch_utils import ModelEMA
@@ -39,6 +44,15 @@ from pruning_core.checkpoint import write_atomically
 from pruning_core.distillation import Detections
 
 LOGGER.setLevel("ERROR")
+tasks.SAFE_LOAD = True  # also where upstream was imported before this file, or the environment says otherwise
+
+
+def _only_decode(file: str, write: Any) -> None:
+    """Upstream rewrites a JPEG that does not end as usual, in place. Here it is decoded, and stays as it is."""
+    write(io.BytesIO())
+
+
+data_utils._replace_image = _only_decode
 
 SUPPORTED = ("8.4.100", "8.5")
 """The lowest version tested, and the first one that is not."""
@@ -80,10 +94,13 @@ def new_model(name: str | dict[str, Any], names: dict[int, str]) -> Model:
     try:
         if isinstance(config, str) and Path(config).is_file():  # upstream reads yolov5s6.yaml as yolov5s-p6.yaml
             config = {**YAML.load(config), "scale": guess_model_scale(config), "yaml_file": config}
-        return _dressed(DetectionModel(config, nc=len(names), verbose=False), names)
-    except (KeyError, TypeError, IndexError, SyntaxError, AttributeError, ValueError, OSError) as error:
+        model = DetectionModel(config, nc=len(names), verbose=False)
+    except Exception as error:  # a wrong yaml leads upstream to errors of many types
         reason = " ".join(str(error).split())
         raise BadInput(f"--cfg: upstream cannot build it ({reason}), got {name}; see yolov5n.yaml") from error
+    if not isinstance(model.model[-1], Detect):
+        raise BadInput(f"--cfg: its last layer must be Detect, got {name}; see yolov5n.yaml")
+    return _dressed(model, names)
 
 
 def checkpoint_file(path: str) -> str:
@@ -95,12 +112,14 @@ def checkpoint_file(path: str) -> str:
 def load_model(path: str | Path, option: str) -> Model:
     """The model inside an ultralytics checkpoint, in fp32. No pickled code is run."""
     if not Path(path).is_file():
-        hint = "nothing is downloaded: give a checkpoint that you have, or --cfg yolov5n.yaml to train from scratch"
+        hint = "nothing is downloaded: give a checkpoint that you have"
+        hint += ", or --cfg yolov5n to train from scratch" if option == "--weights" else ""
         raise BadInput(f"{option}: no such file, got {str(path)!r}; {hint}")
     if Path(path).suffix != ".pt":
         raise BadInput(f"{option}: must be a .pt checkpoint, got {str(path)!r}; use --cfg for a model yaml")
     try:
-        with _names_as_given():
+        with _names_as_given(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             model, _ = load_checkpoint(path)
     except Exception as error:  # a damaged file can raise anything
         reason = " ".join(str(error).split())[:160]
@@ -206,17 +225,28 @@ class Images(YOLODataset):
     error and not a smaller data set, and mosaics draw from the whole set, so that an image is a function of its seed.
     """
 
-    def __init__(self, *args: Any, split: str, **kwargs: Any) -> None:
+    def __init__(self, *, split: str, keep: bool, **kwargs: Any) -> None:
         self.split = split
-        super().__init__(*args, **kwargs)
-        if self.augment and self.cache != "ram":
+        super().__init__(**kwargs)
+        # Upstream reads an .npy file beside an image in its place, and deletes it when it is damaged.
+        self.npy_files = [Path(os.devnull, "none")] * self.ni
+        if self.augment:
             self.cache = "ram"  # tells mosaic to draw from the whole set instead of what was loaded lately
             self.transforms = self.build_transforms(copy(kwargs["hyp"]))
+        if keep:
+            self.cache_images()
 
     def cache_images(self) -> None:
         with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
             loaded = pool.map(self.load_image, range(self.ni))
         self.ims, self.im_hw0, self.im_hw = (list(column) for column in zip(*loaded, strict=True))
+
+    def get_img_files(self, img_path: Any) -> list[str]:
+        try:
+            return super().get_img_files(img_path)
+        except FileNotFoundError as error:
+            do = "put images there, or name another folder"
+            raise BadInput(f"--data: {self.split}: no images, got {', '.join(img_path)}; {do}") from error
 
     def get_labels(self) -> list[dict[str, Any]]:
         self.get_label_files()
@@ -227,6 +257,7 @@ class Images(YOLODataset):
         if bad:
             file, reason = bad[0]
             reason = " ".join(str(reason).split()).partition("ignoring corrupt image/label: ")[2] or reason
+            reason = "is no image" if "No module named" in reason else reason  # upstream tries a last reader
             more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
             raise BadInput(f"--data: {self.split}: {reason}, got {file}{more}; mend or remove the image and its label")
         labels = [self.result_to_label(result)[0] for result in results]
@@ -253,12 +284,12 @@ def images(
     return Images(
         img_path=paths,
         split=split,
+        keep=cache,
         imgsz=size,
         batch_size=batch,
         augment=train,
         hyp=hyp,
         rect=not train,
-        cache="ram" if cache else None,
         stride=stride,
         pad=0.0 if train else 0.5,
         task="detect",
