@@ -18,7 +18,8 @@ from apps.common.arguments import EXIT_BAD_INPUT, Parser
 from apps.common.errors import BadInput
 from apps.common.interrupt import Interrupt
 from apps.common.ranks import Ranks, choose_device, start
-from apps.common.run_folder import ResultsTable, latest_folder, new_folder, safe_name, write_yaml
+from apps.common.run_folder import ResultsTable, latest_folder, new_folder, safe_name
+from apps.common.yaml_file import write_yaml
 
 ONE = Ranks(rank=0, size=1, local=0, device=torch.device("cpu"))
 

@@ -78,7 +78,8 @@ def test_an_old_file_has_the_same_meaning_today(read):
         assert [line for line in said if line.startswith(f"--hyp: {key}: ")] == [
             f"--hyp: {key}: {old[key]} is left out: {DROPPED[key]}"
         ]
-    assert len(said) == len(dropped) + 1
+    assert len(said) == len(dropped) + 2
+    assert "--hyp: cls: 0.5 is kept: the default is 0.5 as it was; classes no longer scale it" in said
     assert "--hyp: box: 0.05 becomes 7.5: the old default 0.05 is 7.5 today" in said
 
 

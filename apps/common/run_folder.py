@@ -1,4 +1,4 @@
-"""Where a run writes: ``runs/train/exp``, ``exp2``, ...; its table of results and its settings."""
+"""Where a run writes: ``runs/train/exp``, ``exp2``, ...; and its table of results."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import io
 import re
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from apps.common.errors import BadInput
 from pruning_core.checkpoint import write_atomically
@@ -29,11 +27,6 @@ def latest_folder(project: Path, marker: str) -> Path:
         raise BadInput(f"--resume: no interrupted run, got {project}; give the folder of the run")
     newest = max(found, key=lambda path: path.stat().st_mtime)
     return newest.parents[len(Path(marker).parts) - 1]
-
-
-def write_yaml(path: Path, content: dict[str, Any]) -> None:
-    text = yaml.safe_dump(content, sort_keys=False)
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 class ResultsTable:

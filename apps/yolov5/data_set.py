@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch.utils.data import DataLoader, Dataset
 
 from apps.common.errors import BadInput
 from apps.common.ranks import Ranks
+from apps.common.yaml_file import read_yaml
 from apps.yolov5.ultralytics_adapter import Images, collate
 
 GET_DATA = "nothing is downloaded: fetch the set yourself, or make one with python data/shapes_detection.py"
@@ -30,14 +30,8 @@ class DataSet:
 
 def read_data(path: str) -> DataSet:
     """``train``, ``val`` (a folder, a text file of images, or a list of them) and ``names`` of a data yaml."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"--data: no such file, got {path!r}; {GET_DATA}") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise BadInput(f"--data: not a yaml file ({' '.join(str(error).split())}), got {path!r}") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"--data: must hold 'train:', 'val:' and 'names:', got {path!r}")
+    shape = {"expected": "'train:', 'val:' and 'names:'", "example": "data/shapes_detection.py makes one"}
+    content = read_yaml(path, option="--data", missing=GET_DATA, **shape)
     folder = Path(path).resolve().parent
     root = str(content.get("path") or "")
     bases = [folder / root, Path(root).resolve()] if root else [folder]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from apps.common.errors import BadInput
+from apps.common.yaml_file import read_yaml
 from pruning_core.registry import did_you_mean
 
 KEYS = (
@@ -28,23 +26,16 @@ DROPPED = {
     "cls_pw": "it was the weight of positives, and means class balancing by frequency today",
 }
 OLD_ONLY = ("obj", "obj_pw", "iou_t", "anchor_t", "anchors", "fl_gamma")
-GAINS = {"box": (0.05, 7.5)}
-"""Loss gain -> its default in the old repository, its default today."""
+BOX_GAIN_THEN, BOX_GAIN_NOW = 0.05, 7.5
 
 
 def read_hyp(path: str | None, say: Callable[[str], None]) -> dict[str, Any]:
     """The given hyperparameters under today's names. Empty without a file: then upstream's defaults hold."""
     if path is None:
         return {}
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"--hyp: no such file, got {path!r}; leave it out for the defaults") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise BadInput(f"--hyp: not a yaml file ({' '.join(str(error).split())}), got {path!r}") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"--hyp: must hold 'name: number' lines, got {path!r}; see recipes/hyp.finetune.yaml")
-    return translate(content, say)
+    missing = "leave it out for the defaults"
+    shape = {"expected": "'name: number' lines", "example": "see recipes/hyp.finetune.yaml"}
+    return translate(read_yaml(path, option="--hyp", missing=missing, **shape), say)
 
 
 def translate(content: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
@@ -56,12 +47,13 @@ def translate(content: dict[str, Any], say: Callable[[str], None]) -> dict[str, 
             say(f"--hyp: {key}: {value} is left out: {DROPPED[key]}")
         elif key not in KEYS:
             raise BadInput(f"--hyp: unknown key, got {key!r}; {did_you_mean(key, KEYS)}")
-        elif old and key in GAINS:
-            before, now = GAINS[key]
-            today[key] = float(f"{now * _number(key, value) / before:.6g}")
-            say(f"--hyp: {key}: {value} becomes {today[key]:g}: the old default {before:g} is {now:g} today")
         else:
             today[key] = _number(key, value)
+        if old and key == "box":
+            today[key] = float(f"{today[key] * BOX_GAIN_NOW / BOX_GAIN_THEN:.6g}")
+            say(f"--hyp: box: {value} becomes {today[key]:g}: the old default {BOX_GAIN_THEN} is {BOX_GAIN_NOW} today")
+        if old and key == "cls":
+            say(f"--hyp: cls: {value} is kept: the default is 0.5 as it was; classes no longer scale it")
     return today
 
 

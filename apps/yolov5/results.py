@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from apps.common.run_folder import ResultsTable, new_folder, write_yaml
+from apps.common.run_folder import ResultsTable, new_folder
+from apps.common.yaml_file import write_yaml
 from apps.yolov5.arguments import plain
 from apps.yolov5.hyp import KEYS
 from apps.yolov5.pruning import asked, reached
