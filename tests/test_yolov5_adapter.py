@@ -33,6 +33,7 @@ from data.shapes_detection import make
 CPU = torch.device("cpu")
 ONE = Ranks(0, 1, 0, CPU)
 NAMES = {0: "circle", 1: "square", 2: "triangle"}
+LOW, HIGH = adapter.SUPPORTED
 CODE = ("apps", "pruning_core", "data", "benchmarks")
 MAP50, BOTH = "metrics/mAP50", "metrics/mAP50-95"
 
@@ -120,15 +121,17 @@ def load(path: Path) -> adapter.Model:
 def test_the_supported_versions_are_those_of_the_requirements(monkeypatch):
     bounds = re.search(r"^ultralytics>=([\d.]+),<([\d.]+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     assert bounds.groups() == adapter.SUPPORTED
-    for number in (version("ultralytics"), "8.4.100", "8.4.100.post1", "8.4.1000"):
+    for number in (version("ultralytics"), LOW, f"{LOW}.post1", "8.4.1000"):
         monkeypatch.setattr(adapter, "version", lambda _, number=number: number)
         adapter.check_version()
 
 
-@pytest.mark.parametrize("number", ["8.4.99", "8.4", "8.3.200", "7.0", "8.5", "8.5.0", "8.5.0rc1", "8.10.0", "9.0.0"])
+@pytest.mark.parametrize(
+    "number", ["8.4.99", "8.4", "8.3.200", "7.0", HIGH, f"{HIGH}.0", f"{HIGH}.0rc1", "8.10.0", "9.0.0"]
+)
 def test_a_version_that_was_never_tested(monkeypatch, number):
     monkeypatch.setattr(adapter, "version", lambda _: number)
-    with pytest.raises(BadInput, match=f"got {number}; pip install 'ultralytics>=8.4.100,<8.5'$"):
+    with pytest.raises(BadInput, match=f"got {number}; pip install 'ultralytics>={LOW},<{HIGH}'$"):
         adapter.check_version()
 
 
@@ -219,9 +222,9 @@ def test_the_raw_outputs_of_the_head(name):
 
 def test_bins_lie_side_by_side(tiny):
     head = tiny.model[-1]
-    bins = 3 * torch.randn(2, 4 * head.reg_max, 5)
-    expected = (bins.unflatten(1, (4, -1)).softmax(2) * torch.arange(head.reg_max)[:, None]).sum(2)
-    torch.testing.assert_close(expected, head.dfl(bins))
+    raw = {"boxes": 3 * torch.randn(2, 4 * head.reg_max, 5), "scores": None, "feats": ()}
+    bins = adapter.detections(raw).bins.unflatten(1, (4, -1))
+    torch.testing.assert_close((bins.softmax(2) * torch.arange(head.reg_max)[:, None]).sum(2), head.dfl(raw["boxes"]))
 
 
 def test_nothing_is_frozen_but_the_distances(tiny, tmp_path):
@@ -312,6 +315,7 @@ def test_upstream_reads_what_is_saved(tiny, shapes, tmp_path):
     content = adapter.content_of(path)
     assert (content["epoch"], content["train_metrics"], content["train_args"]) == (7, {MAP50: 0.5}, vars(hyp()))
     assert {value.dtype for value in content["model"].parameters()} == {torch.float16}
+    assert content["model"].criterion is None
     picture = next(shapes.parent.glob("images/val/*.png"))
     kind = {"imgsz": 64, "device": "cpu", "verbose": False, "project": tmp_path, "conf": 1e-4}
     assert YOLO(path).predict(picture, **kind)[0].names == NAMES
@@ -511,19 +515,23 @@ def upstream_run(file: Path, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_upstreams_loop_reaches_the_target(upstreams):
+def test_upstreams_loop_reaches_the_target(upstreams, monkeypatch):
+    """The best model is the best of those that have reached it, and exactly as sparse as asked."""
     from ultralytics import YOLO
 
+    fitness = iter([0.5, 0.9, 0.3, 0.2, 0.0])  # dense, between, target, cooldown; and best.pt once more at the end
+    monkeypatch.setattr("ultralytics.utils.metrics.DetMetrics.fitness", property(lambda _: next(fitness)))
     config, saved = {"target_sparsity": 0.6, "pattern": "1x1", "pruning_type": "magnitude"}, []
     upstream = YOLO(TINY)
     upstream.add_callback("on_model_save", lambda made: saved.append((target_reached(made.pruner), made.best.exists())))
-    upstream.train(trainer=pruning_trainer(config, cooldown_epochs=1), **upstream_run(upstreams))
-    assert saved == [(False, False), (True, True), (True, True)]  # nothing is best before the target
+    upstream.train(trainer=pruning_trainer(config, cooldown_epochs=1), **upstream_run(upstreams, epochs=4))
+    assert saved == [(False, False), (False, False), (True, True), (True, True)]
     masks, folder = upstream.trainer.pruner.masks(), upstream.trainer.wdir
     total = sum(mask.numel() for mask in masks.values())
-    for name, share in (("best", 0.6), ("last", 0.6), ("best_dense", 0)):
+    for name, share, quality in (("best", 0.6, 0.3), ("last", 0.6, 0.2), ("best_dense", 0, 0.5)):
         model = load(folder / f"{name}.pt")
         assert sum(int((model.get_parameter(each) == 0).sum()) for each in masks) == round(share * total)
+        assert adapter.content_of(folder / f"{name}.pt")["train_metrics"]["fitness"] == quality
     assert not any(".dfl." in name for name in masks)
 
 

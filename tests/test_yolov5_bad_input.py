@@ -207,8 +207,8 @@ def test_the_batch_counts_all_ranks(world, tmp_path):
         ("no.yaml", r"--data: no such file, got '.*no.yaml'; nothing is downloaded: .*"),
         ("folder", r"--data: not a yaml file \({any}\), got '.*folder'"),
         ("broken.yaml", r"--data: not a yaml file \({any}\), got '.*broken.yaml'"),
-        ("empty.yaml", r"--data: must hold 'train:', 'val:' and 'names:', got '.*empty.yaml'; data/shapes_detection.py makes one"),
-        ("list.yaml", r"--data: must hold 'train:', 'val:' and 'names:', got '.*list.yaml'; data/shapes_detection.py makes one"),
+        ("empty.yaml", r"--data: must hold 'train:', .* got '.*empty.yaml'; data/shapes_detection.py makes one"),
+        ("list.yaml", r"--data: must hold 'train:', .* got '.*list.yaml'; data/shapes_detection.py makes one"),
         ("good.pt", r"--data: not a yaml file \({any}\), got '.*good.pt'"),
     ],
 )

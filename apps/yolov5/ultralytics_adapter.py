@@ -54,7 +54,7 @@ def _only_decode(file: str, write: Any) -> None:
 
 data_utils._replace_image = _only_decode
 
-SUPPORTED = ("8.4.100", "8.5")
+SUPPORTED = ("8.4.150", "8.5")
 """The lowest version tested, and the first one that is not."""
 
 Model = DetectionModel
