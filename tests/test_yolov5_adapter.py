@@ -544,4 +544,4 @@ def test_what_upstreams_loop_cannot_do(upstreams, trained, changes):
     message = {"": "--cooldown_epochs: must be below --epochs 3, got 3", "resume": "resume: .*save its masks"}
     message["world_size"] = "device: this trainer runs one process, got 2"
     with pytest.raises(BadInput, match=f"^{message[''.join(changes)]}"):
-        trainer._setup_train()
+        trainer.train()

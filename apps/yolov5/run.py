@@ -92,6 +92,7 @@ def _build(options: Namespace, ranks: Ranks, state: dict[str, Any] | None) -> Ru
     kind = {"names": data.names, "hyp": hyp, "size": options.img, "stride": stride, "cache": options.cache}
     training = adapter.images(data.train, split="train", batch=batch, **kind)
     validation = adapter.images(data.val, split="val", batch=2 * batch, **kind)
+    hyp.max_det = max(hyp.max_det, training.most_objects, validation.most_objects)
     train_batches = TrainBatches(training, batch, options.workers, ranks, options.seed)
     accumulate = max(round(hyp.nbs / options.batch_size), 1)
     timeline = Timeline(options.epochs, len(train_batches), accumulate, hyp.warmup_epochs, options.cooldown_epochs)

@@ -36,9 +36,16 @@ class PruningTrainer(adapter.Trainer):
     cooldown_epochs: int = 0
     pruner: Pruning
 
-    def _setup_train(self) -> None:
+    def get_dataset(self) -> dict[str, Any]:
+        with adapter.no_fonts():
+            return super().get_dataset()
+
+    def train(self) -> Any:
         if self.world_size > 1:
             raise BadInput(f"device: this trainer runs one process, got {self.world_size}; use train_prune.py")
+        return super().train()
+
+    def _setup_train(self) -> None:
         if self.args.resume:
             raise BadInput("resume: this trainer does not save its masks, got a run to resume; use train_prune.py")
         check_epochs(self.epochs, self.cooldown_epochs, do_prune=True)
