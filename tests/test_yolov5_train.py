@@ -5,6 +5,7 @@ import functools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from samples import NEURAL_COMPRESSOR_YAML
 from apps.yolov5 import train_prune
 from apps.yolov5 import ultralytics_adapter as adapter
 from apps.yolov5.arguments import parser
-from apps.yolov5.pruning import reached
+from apps.yolov5.pruning import reached, target_reached
 from data.shapes_detection import make
 from pruning_core import Pruning, checkpoint
 
@@ -84,7 +85,7 @@ def test_the_target_is_reached_when_the_cooldown_begins(place, batch, nominal, t
 
 def test_best_is_sparse_and_best_dense_is_dense(place, monkeypatch):
     """Even when every dense model is better than every sparse one."""
-    fitness = iter([0.9, 0.95, 0.8, 0.3, 0.2, 0.1])  # of the start, four epochs, the file at the end
+    fitness = iter([0.9, 0.95, 0.97, 0.3, 0.2, 0.1])  # of the start, four epochs, the file at the end
 
     def evaluate(self, model, batches, criterion, ranks):
         value = next(fitness)
@@ -99,6 +100,20 @@ def test_best_is_sparse_and_best_dense_is_dense(place, monkeypatch):
     share = sum(int((value == 0).sum()) for value in weights_of(folder / "best.pt").values())
     assert share / WEIGHTS_IN_LAYERS == pytest.approx(0.7, abs=1e-3)
     assert sum(int((value == 0).sum()) for value in weights_of(folder / "best_dense.pt").values()) < 100
+
+
+def test_losses_are_means_over_the_batches(place, monkeypatch):
+    original, seen = train_prune.losses, []
+
+    def losses(run, net, batch):
+        loss, items = original(run, net, batch)
+        seen.append(float(items["box_loss"]))
+        return loss, items
+
+    monkeypatch.setattr(train_prune, "losses", losses)
+    assert app.main(words(place, "means", "--noplots")) == 0
+    written = [float(row["train/box_loss"]) for row in rows(place / "means")]
+    assert written == [pytest.approx(sum(seen[i : i + 4]) / 4, rel=1e-4) for i in range(0, 16, 4)]
 
 
 def test_patience_waits_for_the_target(place, monkeypatch, capsys):
@@ -155,6 +170,16 @@ def test_frozen_layers_stay_as_they_are(place):
     for name in before:
         frozen = name.startswith(("model.0.", "model.1.", "model.2."))
         assert torch.equal(before[name], after[name]) == (frozen or ".dfl." in name), name
+    files = (place / "dense/weights/best.pt", place / "frozen/weights/last.pt")
+    before, after = (adapter.load_model(file, "--weights").state_dict() for file in files)
+    assert torch.equal(before["model.1.bn.running_mean"], after["model.1.bn.running_mean"])
+    assert not torch.equal(before["model.3.bn.running_mean"], after["model.3.bn.running_mean"])
+
+
+def test_the_target_is_reached_when_every_pruner_is_done():
+    states = [SimpleNamespace(done=True), SimpleNamespace(done=False)]
+    assert not target_reached(SimpleNamespace(groups=states))
+    assert target_reached(SimpleNamespace(groups=states[:1]))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(place, monkeypatch, capsys):
@@ -236,6 +261,7 @@ def test_two_ranks_hold_the_same_weights_and_masks(place):
     code, output = app.run(words(place, "same", "--noplots"), ranks=2, script=script)
     assert code == 0, output
     assert "2 ranks agree" in output, output
+    assert output.count("gradients agree") == 2
     assert float(rows(place / "same")[-1]["sparsity/reached"]) == pytest.approx(0.7, abs=1e-5)
 
 
