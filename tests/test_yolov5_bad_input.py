@@ -18,7 +18,7 @@ import yolov5_app
 
 from apps.common.errors import BadInput
 from apps.common.ranks import Ranks
-from apps.yolov5 import run as run_module
+from apps.yolov5 import build as build_module
 from apps.yolov5 import train_prune
 from apps.yolov5 import ultralytics_adapter as adapter
 from apps.yolov5.arguments import parser
@@ -194,7 +194,7 @@ def test_the_batch_counts_all_ranks(world, tmp_path):
     words = yolov5_app.arguments(world / "set/data.yaml", tmp_path)
     three = Ranks(rank=0, size=3, local=0, device=torch.device("cpu"))
     with pytest.raises(BadInput) as caught:
-        run_module._check(parser().parse_args(words), three)
+        build_module._check(parser().parse_args(words), three)
     assert str(caught.value) == "--batch-size: counts all ranks and must divide by their number 3, got 4"
 
 

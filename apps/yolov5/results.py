@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,10 +12,8 @@ from apps.common.yaml_file import write_yaml
 from apps.yolov5.arguments import plain
 from apps.yolov5.hyp import KEYS
 from apps.yolov5.pruning import asked, reached
+from apps.yolov5.run import Run
 from pruning_core.checkpoint import write_atomically
-
-if TYPE_CHECKING:
-    from apps.yolov5.run import Run
 
 BOTH = "metrics/mAP50-95"
 MAP50 = "metrics/mAP50"

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from apps.common.errors import BadInput
 from apps.common.ranks import Ranks
 from apps.common.run_folder import latest_folder
 from apps.yolov5.arguments import MAY_CHANGE, plain
 from apps.yolov5.hyp import KEYS
-from apps.yolov5.progress import Progress
+from apps.yolov5.run import Progress, Run
 from pruning_core import CheckpointError, WeightPruningConfig, checkpoint
-
-if TYPE_CHECKING:
-    from apps.yolov5.run import Run
 
 RESUME = Path("weights/resume.pt")
 

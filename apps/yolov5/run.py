@@ -1,28 +1,36 @@
-"""From a command line to a run: everything the loop in ``train_prune.py`` needs, checked before anything is written."""
+"""What a run is made of, and how far it is."""
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from apps.common.errors import BadInput
 from apps.common.ranks import Ranks
-from apps.common.run_folder import safe_name
 from apps.yolov5 import ultralytics_adapter as adapter
-from apps.yolov5.data_set import DataSet, TrainBatches, ValBatches, read_data
-from apps.yolov5.hyp import read_hyp
-from apps.yolov5.progress import Progress
-from apps.yolov5.pruning import begin_pruning, read_recipe
-from apps.yolov5.resume import check_same, find_state, load_state, saved_options
-from apps.yolov5.timeline import Timeline, check_epochs
+from apps.yolov5.data_set import DataSet, TrainBatches, ValBatches
+from apps.yolov5.timeline import Timeline
 from pruning_core import Pruning
 from pruning_core.distillation import DetectionDistillation
+
+
+@dataclass
+class Progress:
+    """What a resumed run needs besides weights. Plain data."""
+
+    epoch: int = 0
+    batch: int = 0
+    """Batches of this epoch that are done. All of them: the epoch waits for its evaluation."""
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    best_dense: dict[str, float] = field(default_factory=dict)
+    dense_metrics: dict[str, float] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 @dataclass
@@ -36,6 +44,7 @@ class Run:
     ema: adapter.Ema
     criterion: Any
     optimizer: torch.optim.Optimizer
+    amp: torch.dtype | None
     scaler: torch.amp.GradScaler
     train_batches: TrainBatches
     val_batches: ValBatches
@@ -48,178 +57,3 @@ class Run:
     recipe: dict[str, Any] | None = None
     """The pruning configuration as it was given, before the app set its steps."""
     progress: Progress = field(default_factory=Progress)
-
-    @property
-    def amp(self) -> torch.dtype | None:
-        chosen = self.options.amp
-        if chosen == "auto":
-            chosen = "fp16" if self.ranks.device.type == "cuda" else "off"
-        return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[chosen]
-
-
-def build(options: Namespace, given: dict[str, Any], ranks: Ranks) -> Run:
-    """A new run, or one that goes on."""
-    adapter.check_version()
-    safe_name(options.name)
-    state = None
-    if options.resume:
-        state = find_state(options, ranks)
-        options = saved_options(options, given, state["options"])
-    run = _build(options, ranks, state)
-    if state is not None:
-        check_same(run, state, given)
-        load_state(run, state)
-    return run
-
-
-def _build(options: Namespace, ranks: Ranks, state: dict[str, Any] | None) -> Run:
-    _check(options, ranks)
-    data = read_data(options.data)
-    if options.workers is None:
-        options.workers = 8 if ranks.device.type == "cuda" else 0
-    given_hyp = state["hyp"] if state else read_hyp(options.hyp, ranks.say)
-    hyp = adapter.hyperparameters({**given_hyp, "imgsz": options.img})
-    torch.manual_seed(options.seed)
-    start = adapter.load_model(options.weights, "--weights") if options.weights and not state else None
-    model = _model(options, start, data.names, state).to(ranks.device)
-    frozen = _freeze(model, options.freeze)
-    stride = adapter.largest_stride(model)
-    if options.img % stride:
-        raise BadInput(
-            f"--img: must be a multiple of {stride}, got {options.img}; use {-(-options.img // stride) * stride}"
-        )
-    batch = options.batch_size // ranks.size
-    kind = {"names": data.names, "hyp": hyp, "size": options.img, "stride": stride, "cache": options.cache}
-    training = adapter.images(data.train, split="train", batch=batch, **kind)
-    validation = adapter.images(data.val, split="val", batch=2 * batch, **kind)
-    hyp.max_det = max(hyp.max_det, training.most_objects, validation.most_objects)
-    train_batches = TrainBatches(training, batch, options.workers, ranks, options.seed)
-    accumulate = max(round(hyp.nbs / options.batch_size), 1)
-    timeline = Timeline(options.epochs, len(train_batches), accumulate, hyp.warmup_epochs, options.cooldown_epochs)
-    run = Run(
-        options=options,
-        ranks=ranks,
-        data=data,
-        hyp=hyp,
-        timeline=timeline,
-        model=model,
-        ema=adapter.Ema(model),
-        criterion=adapter.criterion_of(model, hyp),
-        optimizer=_optimizer(options, model, hyp, hyp.weight_decay * options.batch_size * accumulate / hyp.nbs),
-        scaler=torch.amp.GradScaler(ranks.device.type, enabled=False),
-        train_batches=train_batches,
-        val_batches=ValBatches(validation, options.workers, ranks),
-        start=start,
-        frozen=frozen,
-    )
-    run.scaler = torch.amp.GradScaler(ranks.device.type, enabled=run.amp is torch.float16)
-    if options.do_prune:
-        window = timeline.pruning_starts, timeline.pruning_ends
-        run.recipe = state["recipe"] if state else read_recipe(options.pruning_config)
-        run.pruner = begin_pruning(run.recipe, model, run.optimizer, window, timeline.steps, ranks.say)
-    if options.dist_loss:
-        run.teacher = _teacher(run)
-        run.distillation = DetectionDistillation(
-            kind=options.dist_loss, temperature=options.temperature, feature_weight=options.feature_weight
-        )
-    return run
-
-
-def _check(options: Namespace, ranks: Ranks) -> None:
-    check_epochs(options.epochs, options.cooldown_epochs, options.do_prune)
-    if not options.data:
-        raise BadInput(
-            "--data: is missing; make a small set with python data/shapes_detection.py --output datasets/shapes"
-        )
-    if not options.weights and not options.cfg:
-        options.weights = "yolov5s.pt"  # YOLOv5's default
-    options.weights = options.weights and adapter.checkpoint_file(options.weights)
-    options.teacher_weights = options.teacher_weights and adapter.checkpoint_file(options.teacher_weights)
-    place = next(place for place in (options.project, *options.project.absolute().parents) if place.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise BadInput(f"--project: is no folder to write to, got {str(options.project)!r}; choose another")
-    if options.batch_size % ranks.size:
-        raise BadInput(
-            f"--batch-size: counts all ranks and must divide by their number {ranks.size}, got {options.batch_size}"
-        )
-    if options.pruning_config and not options.do_prune:
-        raise BadInput(
-            f"--pruning_config: does nothing without --do_prune, got {options.pruning_config}; add --do_prune"
-        )
-    if options.dist_loss and not (options.teacher_weights or options.weights):
-        raise BadInput(f"--dist_loss: needs a dense teacher, got {options.dist_loss}; give --teacher_weights")
-    if options.teacher_weights and not options.dist_loss:
-        raise BadInput(
-            f"--teacher_weights: does nothing without --dist_loss, got {options.teacher_weights}; add --dist_loss kl"
-        )
-    if not 0 <= options.feature_weight < float("inf"):
-        raise BadInput(f"--feature_weight: must not be negative, got {options.feature_weight}")
-
-
-def _model(
-    options: Namespace, start: adapter.Model | None, names: dict[int, str], state: dict[str, Any] | None
-) -> adapter.Model:
-    if state is not None:
-        return adapter.new_model(state["architecture"], names)
-    if start is None:
-        return adapter.new_model(options.cfg, names)
-    if options.cfg:  # a new head on known features
-        fresh = adapter.new_model(options.cfg, names)
-        fresh.load(start, verbose=False)
-        return fresh
-    _same_classes("--weights", options.weights, start, names, "--cfg as well, to begin with a new head")
-    return adapter.trainable_copy(start, names)
-
-
-def _same_classes(option: str, path: str, model: adapter.Model, names: dict[int, str], instead: str) -> None:
-    have = adapter.class_names(model)
-    if len(have) != len(names):
-        raise BadInput(f"{option}: the data have {len(names)} classes, got {len(have)} in {path}; give {instead}")
-
-
-def _freeze(model: adapter.Model, freeze: list[int]) -> tuple[str, ...]:
-    layers = len(model.model)
-    numbers = list(range(freeze[0])) if len(freeze) == 1 else freeze
-    if any(number >= layers for number in numbers):
-        got = " ".join(map(str, freeze))
-        raise BadInput(f"--freeze: the model has {layers} layers, numbered from 0, got {got}; freeze fewer of them")
-    prefixes = tuple(f"model.{number}." for number in numbers)
-    for name, parameter in model.named_parameters():
-        if name.startswith(prefixes):
-            parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise BadInput(f"--freeze: leaves nothing to train, got {' '.join(map(str, freeze))}; freeze fewer of them")
-    return prefixes
-
-
-def _optimizer(options: Namespace, model: nn.Module, hyp: SimpleNamespace, decay: float) -> torch.optim.Optimizer:
-    """Weights decay; the scales and shifts of norms, and biases, do not. Biases have their own warm-up."""
-    groups: dict[str, list[nn.Parameter]] = {"weight": [], "norm": [], "bias": []}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                norm = isinstance(module, nn.modules.batchnorm._NormBase)
-                groups["bias" if name == "bias" else "norm" if norm else "weight"].append(parameter)
-    listed = [
-        {"params": params, "kind": kind, "weight_decay": decay if kind == "weight" else 0.0}
-        for kind, params in groups.items()
-        if params
-    ]
-    if options.optimizer == "SGD":
-        return torch.optim.SGD(listed, lr=hyp.lr0, momentum=hyp.momentum, nesterov=True)
-    kind = getattr(torch.optim, options.optimizer)
-    fused = next(model.parameters()).is_cuda
-    return kind(listed, lr=hyp.lr0, betas=(hyp.momentum, 0.999), fused=fused)
-
-
-def _teacher(run: Run) -> adapter.Model:
-    """Dense, in eval mode: its statistics do not drift and its outputs are those it is known for."""
-    options = run.options
-    option = "--teacher_weights" if options.teacher_weights else "--weights"
-    path = options.teacher_weights or options.weights
-    teacher = adapter.load_model(path, option)
-    _same_classes(option, path, teacher, run.data.names, "a teacher that was trained on these data")
-    if teacher.stride.tolist() != run.model.stride.tolist() or teacher.model[-1].reg_max != run.model.model[-1].reg_max:
-        do = "use a yolov5 of the same kind (both with or both without P6)"
-        raise BadInput(f"{option}: its head differs from the student's, got strides {teacher.stride.tolist()}; {do}")
-    return teacher.to(run.ranks.device).requires_grad_(False).eval()

@@ -32,10 +32,11 @@ from apps.common.interrupt import Interrupt
 from apps.common.run_folder import ResultsTable
 from apps.yolov5 import results
 from apps.yolov5 import ultralytics_adapter as adapter
+from apps.yolov5.build import build
 from apps.yolov5.data_set import to_device
 from apps.yolov5.pruning import asked, end_pruning, reached, target_reached
 from apps.yolov5.resume import RESUME, state_of
-from apps.yolov5.run import Run, build
+from apps.yolov5.run import Run
 from pruning_core import checkpoint
 
 
