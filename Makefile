@@ -18,6 +18,7 @@ TRAIN := $(PY) -m torch.distributed.run --standalone --nproc_per_node 2 apps/yol
 DEMO := --data datasets/shapes/data.yaml --hyp apps/yolov5/recipes/hyp.demo.yaml --optimizer AdamW --cos-lr --img 128 \
 	--batch-size 8 --patience 0 --device cpu --cache --project runs/demo --exist-ok
 
+demo: export OMP_NUM_THREADS := 1
 demo: $(VENV)/.ready  ## train a small YOLOv5 on two processes, prune 80% of it with distillation, print both
 	$(PY) data/shapes_detection.py --output datasets/shapes
 	@echo "--- 1 of 2: dense training"

@@ -239,7 +239,7 @@ def finish(run: Run, evaluator: adapter.Evaluator, folder: Path, table: ResultsT
     print(f"\n{results.epochs_of(progress.epoch)} in {results.duration(progress.seconds)}, all in {folder}")
     print(results.last_table(rows))
     if run.pruner is not None:
-        print("Zeros do not shrink a .pt file or speed up a dense kernel by themselves; see the app's README.")
+        print(f"{shipped} loads with ultralytics.YOLO. What its zeros are good for: apps/yolov5/README.md")
     (folder / RESUME).unlink(missing_ok=True)
 
 
