@@ -93,3 +93,16 @@ def test_modules_of_one_floor_do_not_import_in_circles():
 
     for module in graph:
         visit(module, ())
+
+
+def test_apps_stand_apart():
+    """What two apps share lies in `apps/common`, which knows none of them; no app imports another."""
+    apps = ROOT.parent / "apps"
+    for path in apps.rglob("*.py"):
+        here = path.relative_to(apps).parts[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                if name.startswith("apps."):
+                    assert name.split(".")[1] in (here, "common"), f"{path} imports {name}"

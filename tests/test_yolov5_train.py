@@ -116,6 +116,16 @@ def test_losses_are_means_over_the_batches(place, monkeypatch):
     assert written == [pytest.approx(sum(seen[i : i + 4]) / 4, rel=1e-4) for i in range(0, 16, 4)]
 
 
+def test_an_old_best_in_the_folder_is_not_this_runs(place, monkeypatch, capsys):
+    assert app.main(words(place, "again", "--noplots")) == 0
+    old = (place / "again/weights/best.pt").read_bytes()
+    nothing = {"metrics/mAP50": float("nan"), "metrics/mAP50-95": float("nan"), "fitness": float("nan")}
+    monkeypatch.setattr(adapter.Evaluator, "evaluate", lambda *_: nothing)
+    assert app.main(words(place, "again", "--noplots", "--exist-ok")) == 0
+    assert "sparse (last.pt)" in capsys.readouterr().out
+    assert (place / "again/weights/best.pt").read_bytes() == old
+
+
 def test_patience_waits_for_the_target(place, monkeypatch, capsys):
     def evaluate(self, model, batches, criterion, ranks):
         return {"metrics/mAP50": 0.5, "metrics/mAP50-95": 0.5, "fitness": 0.5}

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 EXIT_BAD_INPUT = 2
 RANK_0_SPEAKS_WITHIN = 20.0  # seconds
@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
         self.gone: dict[str, str] = {}
         """Options of older programs -> what takes their place."""
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):  # type: ignore[override]
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         options, unknown = self.parse_known_args(args, namespace)
         for word in unknown:
             self.error(self._unknown(word.partition("=")[0]))
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             action.default = argparse.SUPPRESS
         try:
-            return vars(self.parse_args(args))
+            return dict(vars(self.parse_args(args)))
         finally:
             for action in self._actions:
                 action.default = defaults[action.dest]

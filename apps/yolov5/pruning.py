@@ -37,7 +37,7 @@ def begin_pruning(
     pruners = []
     for options in recipe["pruning_configs"]:
         given = options["extra_excluded_op_names"]
-        chosen = {"extra_excluded_op_names": [*given, *(name for name in frozen if name not in given)]}
+        chosen: dict[str, Any] = {"extra_excluded_op_names": [*given, *(name for name in frozen if name not in given)]}
         if options["pruning_type"] != LOCK:
             chosen |= {"start_step": window[0], "end_step": window[1]}
         pruners.append({**options, **chosen})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from apps.yolov5.arguments import plain
 from apps.yolov5.hyp import KEYS
 from apps.yolov5.pruning import asked, reached
 from apps.yolov5.run import Run
+from pruning_core import Pruning
 from pruning_core.checkpoint import write_atomically
 
 BOTH = "metrics/mAP50-95"
 MAP50 = "metrics/mAP50"
+TableRow = tuple[str, dict[str, float], float | None, float | None, int]
 ASKED, REACHED = "sparsity/asked", "sparsity/reached"
 
 
@@ -131,10 +134,10 @@ def plot(table: ResultsTable, dense: dict[str, float], path: Path) -> None:
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
-def last_table(rows: list[tuple[str, dict[str, float], float | None, float | None, int]]) -> str:
+def last_table(rows: Sequence[TableRow]) -> str:
     """A row a model: name, metrics, asked and reached sparsity of its pruned layers, bytes of its file."""
     head = ("model", "mAP50", "mAP50-95", "asked", "reached", "file")
-    cells = [head]
+    cells: list[tuple[str, ...]] = [head]
     for name, metrics, wanted, counted, size in rows:
         shares = ["-" if share is None else f"{share:.2%}" for share in (wanted, counted)]
         figures = [f"{metrics[key]:.3f}" if key in metrics else "-" for key in (MAP50, BOTH)]
@@ -161,16 +164,16 @@ def status(run: Run, seconds: float) -> str:
     return "  ".join([*parts, f"{duration(left)} left"])
 
 
-def report(run: Run, metrics: dict[str, float], folder: Path) -> None:
+def report(run: Run, pruner: Pruning, metrics: dict[str, float], folder: Path) -> None:
     """The table of every layer, as text, JSON and a picture."""
     named = {"dense": run.progress.dense_metrics, "sparse": metrics}
-    run.pruner.metrics = {
+    pruner.metrics = {
         f"{kind} {name.removeprefix('metrics/')}": round(values[name], 4)
         for kind, values in named.items()
         for name in (MAP50, BOTH)
         if name in values
     }
-    made = run.pruner.report()
+    made = pruner.report()
     made.save_json(folder / "pruning_report.json")
     made.save_markdown(folder / "pruning_report.md")
     if not run.options.noplots:

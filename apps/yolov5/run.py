@@ -27,6 +27,8 @@ class Progress:
     """Batches of this epoch that are done. All of them: the epoch waits for its evaluation."""
     sums: dict[str, Tensor] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
+    has_best: bool = False
+    """``best.pt`` was written by this run: a folder that is used again may hold another one's."""
     best_dense: dict[str, float] = field(default_factory=dict)
     dense_metrics: dict[str, float] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)

@@ -17,8 +17,8 @@ from apps.yolov5.arguments import parser
 if __name__ == "__main__":
     OPTIONS, GIVEN = parser().parse_args(), parser().given()  # before the slow imports: mistakes are answered at once
 
-import contextlib
 from argparse import Namespace
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -61,8 +61,8 @@ def train(run: Run, interrupt: Interrupt) -> int:
     net = wrap(run)
     evaluator = adapter.Evaluator(run.hyp, run.data.names, ranks.device, folder)
     results.introduce(run, folder)
-    if run.pruner and run.start and not progress.dense_metrics:
-        measure_dense(run, evaluator, folder)
+    if run.pruner is not None and run.start is not None:
+        measure_dense(run, run.start, evaluator, folder)
     writer = results.tensorboard(folder) if ranks.first else None
     began = time.monotonic() - progress.seconds
 
@@ -113,7 +113,7 @@ def one_epoch(run: Run, net: nn.Module, interrupt: Interrupt, began: float) -> b
             pruner.on_step_begin(local_step=timeline.steps_before(number))
         batch = to_device(batch, ranks.device)
         last_of_step = timeline.ends_step(number)
-        with contextlib.nullcontext() if last_of_step or ranks.size == 1 else net.no_sync():
+        with net.no_sync() if isinstance(net, DistributedDataParallel) and not last_of_step else nullcontext():
             with torch.autocast(ranks.device.type, dtype=run.amp or torch.bfloat16, enabled=run.amp is not None):
                 loss, items = losses(run, net, batch)
             run.scaler.scale(loss * ranks.size).backward()  # ranks' gradients are averaged; the loss is a sum
@@ -146,7 +146,7 @@ def losses(run: Run, net: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tenso
     outputs = net(batch["img"])
     parts, items = run.criterion(outputs, batch)
     loss = parts.sum()
-    if run.distillation is not None:
+    if run.distillation is not None and run.teacher is not None:
         with torch.no_grad():
             taught = run.teacher(batch["img"])
         terms = run.distillation(adapter.detections(outputs), adapter.detections(taught))
@@ -190,19 +190,15 @@ def judge(run: Run, metrics: dict[str, float], folder: Path, table: ResultsTable
     table.add(row)
     fraction = (progress.epoch + 1) / options.epochs
     run.ranks.say(results.epoch_line(row, options.epochs, progress.seconds * (1 / fraction - 1)))
-    fitness = metrics.get("fitness")
-    best = None
-    if run.pruner is None or target_reached(run.pruner):
-        best = ("best.pt", progress.best)
-    elif asked(run.pruner) == 0:
-        best = ("best_dense.pt", progress.best_dense)
-    better = best is not None and fitness is not None and fitness > best[1].get("fitness", -1.0)
+    name, record = contest(run)
+    better = bool(name) and metrics.get("fitness", -1.0) > record.get("fitness", -1.0)
     if better:
-        best[1].update(metrics, epoch=float(progress.epoch + 1), fitness=fitness)
+        record.update(metrics, epoch=float(progress.epoch + 1))
     if final or not options.nosave:
         save_model(run, run.ema.ema, folder / "weights/last.pt", metrics)
         if better:
-            save_model(run, run.ema.ema, folder / "weights" / best[0], metrics)
+            save_model(run, run.ema.ema, folder / "weights" / name, metrics)
+            progress.has_best |= name == "best.pt"
         if options.save_period > 0 and (progress.epoch + 1) % options.save_period == 0:
             save_model(run, run.ema.ema, folder / f"weights/epoch{progress.epoch + 1}.pt", metrics)
     waited = progress.epoch + 1 - progress.best.get("epoch", progress.epoch + 1)
@@ -212,18 +208,26 @@ def judge(run: Run, metrics: dict[str, float], folder: Path, table: ResultsTable
     return False
 
 
+def contest(run: Run) -> tuple[str, dict[str, float]]:
+    """The file that this epoch's model may become, and the record of what is in it."""
+    if run.pruner is None or target_reached(run.pruner):
+        return "best.pt", run.progress.best
+    if asked(run.pruner) == 0:
+        return "best_dense.pt", run.progress.best_dense
+    return "", {}
+
+
 def finish(run: Run, evaluator: adapter.Evaluator, folder: Path, table: ResultsTable) -> None:
     """Measures the file that is shipped, and says what came of the run."""
     ranks, progress = run.ranks, run.progress
     if run.pruner is not None:
         end_pruning(run.pruner, ranks.say)
-    best = folder / "weights/best.pt"
-    shipped = best if ranks.from_first(best.is_file()) else folder / "weights/last.pt"
+    shipped = folder / "weights" / ("best.pt" if ranks.from_first(progress.has_best) else "last.pt")
     model = adapter.load_model(shipped, "weights").to(ranks.device)
     metrics = evaluate(run, model, evaluator)
     if not ranks.first:
         return
-    rows = []
+    rows: list[results.TableRow] = []
     if run.pruner is None:
         rows.append((f"dense ({shipped.name})", metrics, None, None, shipped.stat().st_size))
     else:
@@ -233,7 +237,7 @@ def finish(run: Run, evaluator: adapter.Evaluator, folder: Path, table: ResultsT
             rows.append((f"dense ({source.name})", progress.dense_metrics, None, None, size))
         shares = asked(run.pruner), reached(run.pruner, model)
         rows.append((f"sparse ({shipped.name})", metrics, *shares, shipped.stat().st_size))
-        results.report(run, metrics, folder)
+        results.report(run, run.pruner, metrics, folder)
     if not run.options.noplots:
         results.plot(table, progress.dense_metrics, folder / "results.png")
     print(f"\n{results.epochs_of(progress.epoch)} in {results.duration(progress.seconds)}, all in {folder}")
@@ -259,10 +263,9 @@ def wrap(run: Run) -> nn.Module:
     return DistributedDataParallel(run.model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
 
 
-def measure_dense(run: Run, evaluator: adapter.Evaluator, folder: Path) -> None:
+def measure_dense(run: Run, start: adapter.Model, evaluator: adapter.Evaluator, folder: Path) -> None:
     """The model that pruning starts from: the figure to beat."""
-    start = run.start.to(run.ranks.device)
-    metrics = evaluate(run, start, evaluator)
+    metrics = evaluate(run, start.to(run.ranks.device), evaluator)
     run.start = None
     if not run.ranks.first:
         return

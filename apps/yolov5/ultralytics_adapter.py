@@ -18,7 +18,7 @@ from importlib.metadata import version
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 # Read once, at import: no network, no telemetry, no package is installed, no pickled code is run.
 os.environ.setdefault("YOLO_OFFLINE", "true")
@@ -57,9 +57,9 @@ data_utils._replace_image = _only_decode
 SUPPORTED = ("8.4.185", "8.5")
 """The lowest version tested, and the first one that is not."""
 
-Model = DetectionModel
-Trainer = DetectionTrainer
-Ema = ModelEMA
+Model: TypeAlias = DetectionModel
+Trainer: TypeAlias = DetectionTrainer
+Ema: TypeAlias = ModelEMA
 SCALES = "nsmlx"
 SECONDS_PER_IMAGE = 1e6
 """Upstream's non-maximum suppression drops the images that are left when its time is up. Here it takes its time."""
