@@ -160,6 +160,7 @@ WORDS = [
     (["--temperature=hot"], r"--temperature: must be a number, got 'hot'"),
     (["--dist_weight=-1"], r"--dist_weight: must be above 0, got -1"),
     (["--feature_weight=-1"], r"--feature_weight: must not be negative, got -1.0"),
+    (["--feature_weight=0.1"], r"--feature_weight: does nothing without --dist_loss, got 0.1; add it"),
     (["--feature_weight=nan"], r"--feature_weight: must not be negative, got nan"),
     (["--optimizer=sgd"], r"--optimizer: invalid choice: 'sgd' \(choose from .*SGD.*\)"),
     (["--dist_loss=mse"], r"--dist_loss: invalid choice: 'mse' \(choose from .*kl.*\)"),

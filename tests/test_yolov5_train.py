@@ -262,6 +262,7 @@ def test_commands_of_neural_compressor_run_on_two_ranks(place, kind):
     assert code == 0, output
     assert "head of this model is model.24" in output
     assert output.count("--hyp: box: 0.05 becomes 7.5") == 1
+    assert ("--temperature: 10 is not used" in output) == (kind == "distil")
     assert re.search(r"sparse \(best\.pt\) .* 80\.00% +(80\.00|79\.99)%", output), output
 
 

@@ -27,6 +27,7 @@ GONE = {
     "--linear-lr": "linear is the default; leave it out",
     "--cache-images": "write --cache",
 }
+TEMPERATURE = 2.0
 MAY_CHANGE = (
     "device",
     "workers",
@@ -94,7 +95,7 @@ def parser() -> Parser:
     prune.add_argument("--pruning_config", help="yaml; without it 80%% of the weights in 4x1 blocks")
     prune.add_argument("--cooldown_epochs", type=count(0), default=0, help="last epochs, with fixed masks (0)")
     prune.add_argument("--dist_loss", choices=("l2", "kl"), help="learn from a dense teacher as well")
-    prune.add_argument("--temperature", type=positive, default=2.0, help="of kl (2; above 4 is rarely better)")
+    prune.add_argument("--temperature", type=positive, default=TEMPERATURE, help="of kl (2; above 4 is rarely better)")
     prune.add_argument("--dist_weight", type=positive, default=1.0, help="weight of the distillation loss (1)")
     prune.add_argument("--feature_weight", type=float, default=0.0, help="weight of its feature term (0)")
     prune.add_argument("--teacher_weights", default="", help="the dense teacher (default: --weights)")

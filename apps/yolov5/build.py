@@ -15,6 +15,7 @@ from apps.common.errors import BadInput
 from apps.common.ranks import Ranks
 from apps.common.run_folder import safe_name
 from apps.yolov5 import ultralytics_adapter as adapter
+from apps.yolov5.arguments import TEMPERATURE
 from apps.yolov5.data_set import DataSet, TrainBatches, ValBatches, read_data
 from apps.yolov5.hyp import read_hyp
 from apps.yolov5.pruning import begin_pruning, read_recipe
@@ -133,6 +134,10 @@ def _check(options: Namespace, ranks: Ranks) -> None:
         )
     if not 0 <= options.feature_weight < float("inf"):
         raise BadInput(f"--feature_weight: must not be negative, got {options.feature_weight}")
+    if options.feature_weight and not options.dist_loss:
+        raise BadInput(f"--feature_weight: does nothing without --dist_loss, got {options.feature_weight}; add it")
+    if options.dist_loss == "l2" and options.temperature != TEMPERATURE:
+        ranks.say(f"--temperature: {options.temperature:g} is not used: l2 has none, kl has")
 
 
 def _model(
