@@ -50,4 +50,4 @@ bench: $(VENV)/.ready  ## cost of the engine beside AdamW.step
 	$(PY) -m benchmarks.engine
 
 clean:
-	rm -rf $(VENV) .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
+	rm -rf $(VENV) .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis runs datasets/shapes

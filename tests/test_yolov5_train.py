@@ -166,6 +166,21 @@ def test_mixed_precision_reaches_the_target(place, kind, monkeypatch):
     assert float(rows(place / kind)[-1]["sparsity/reached"]) == pytest.approx(0.7, abs=1e-5)
 
 
+def test_features_of_another_size_are_refused_at_once(place, capsys):
+    adapter.save_model(
+        adapter.new_model("yolov5n", {0: "circle", 1: "square", 2: "triangle"}),
+        place / "larger.pt",
+        arguments={},
+        metrics={},
+        epoch=0,
+    )
+    more = ("--dist_loss=kl", f"--teacher_weights={place}/larger.pt")
+    assert app.main(words(place, "features", "--feature_weight=1", *more)) == 2
+    assert "--feature_weight: features of [16, 32, 64] and [64, 128, 256] channels" in capsys.readouterr().err
+    assert not (place / "features").exists()
+    assert app.main(words(place, "features", "--noplots", *more)) == 0
+
+
 def test_nosave_noval_noplots(place):
     assert app.main(words(place, "little", "--nosave", "--noval", "--noplots")) == 0
     names = sorted(path.name for path in (place / "little/weights").iterdir())

@@ -206,4 +206,10 @@ def _teacher(run: Run) -> adapter.Model:
     if teacher.stride.tolist() != run.model.stride.tolist() or teacher.model[-1].reg_max != run.model.model[-1].reg_max:
         do = "use a yolov5 of the same kind (both with or both without P6)"
         raise BadInput(f"{option}: its head differs from the student's, got strides {teacher.stride.tolist()}; {do}")
+    ours, theirs = adapter.feature_channels(run.model), adapter.feature_channels(teacher)
+    if options.feature_weight and ours != theirs:
+        do = "leave it out, or use a teacher of the student's size"
+        raise BadInput(
+            f"--feature_weight: features of {ours} and {theirs} channels cannot be compared, got {path}; {do}"
+        )
     return teacher.to(run.ranks.device).requires_grad_(False).eval()

@@ -164,6 +164,11 @@ def head_of(model: Model) -> str:
     return f"model.{len(model.model) - 1}"
 
 
+def feature_channels(model: Model) -> list[int]:
+    """Of the maps that the head reads, level by level."""
+    return [branch[0].conv.in_channels for branch in model.model[-1].cv2]
+
+
 def largest_stride(model: Model) -> int:
     return max(int(model.stride.max()), 32)
 
