@@ -180,6 +180,16 @@ def test_two_ranks_interrupted_by_sigterm(place):
     assert_same(place / "ranks", folder)
 
 
+@pytest.mark.slow
+def test_two_ranks_go_on_with_the_run_of_one(place, stopped_run):
+    """Not bit for bit, and it says so; `--sync-bn` without CUDA says that it does nothing."""
+    code, output = app.run(["--resume", str(stopped_run)], ranks=2)
+    assert code == 0, output
+    assert output.count("--resume: begun on 1 ranks, goes on on 2: the weights will differ a little") == 1
+    code, output = app.run(words(place, "sync", "--sync-bn"), ranks=2)
+    assert code == 0 and "--sync-bn: needs CUDA" in output, output
+
+
 @pytest.fixture
 def stopped_run(place, tmp_path, monkeypatch) -> Path:
     """A run with a recipe and a data set of its own, stopped in its first epoch."""
