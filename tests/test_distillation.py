@@ -8,7 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning_core.distillation import DISTILLATIONS, DetectionDistillation, Detections, Distillation
+from pruning_core.distillation import (
+    DISTILLATIONS,
+    DetectionDistillation,
+    Detections,
+    Distillation,
+    LogitDistillation,
+    Outputs,
+)
 
 KINDS = list(DISTILLATIONS)
 LN2, LN3, LN8 = math.log(2), math.log(3), math.log(8)
@@ -521,11 +528,17 @@ def test_a_new_kind_is_a_class_and_a_line():
             assert student.shape == (1, 4, 3, 2)
             return (student - teacher).abs().sum(2).mean(1)
 
+        def classes(self, student, teacher, temperature, counts):
+            return (student - teacher).abs().sum(1) / temperature
+
     try:
         loss = DetectionDistillation(kind="l1", temperature=4.0)(*heads())
         # Points 0 and 1 weigh 3/4 and 1/4; scores differ by ln 3 and 2 ln 3, two and one of four sides by ln 8.
         assert loss["cls"].item() == pytest.approx((3 / 4 * LN3 + 1 / 4 * 2 * LN3) / 4, rel=1e-5)
         assert loss["box"].item() == pytest.approx(3 / 4 * 2 * LN8 / 4 + 1 / 4 * LN8 / 4, rel=1e-5)
+        logits = LogitDistillation(kind="l1", temperature=4.0)
+        both = Outputs([torch.tensor([[1.0, 2.0]])]), Outputs([torch.tensor([[0.0, 4.0]])])
+        assert logits(*both)["logits"].item() == pytest.approx(3 / 4)
     finally:
         DISTILLATIONS.remove("l1")
     assert "l1" not in DISTILLATIONS

@@ -22,11 +22,11 @@ from torch import nn
 from yolov5_app import ROOT, SCRIPT, TINY, arguments
 
 from apps.common.errors import BadInput
+from apps.common.pruning import target_reached
 from apps.common.ranks import Ranks
 from apps.yolov5 import ultralytics_adapter as adapter
 from apps.yolov5.data_set import ValBatches, read_data, to_device
 from apps.yolov5.hyp import KEYS
-from apps.yolov5.pruning import target_reached
 from apps.yolov5.trainer import pruning_trainer
 from data.shapes_detection import make
 

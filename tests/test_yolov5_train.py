@@ -14,10 +14,10 @@ import yolov5_app as app
 from PIL import Image
 from samples import NEURAL_COMPRESSOR_YAML
 
+from apps.common.pruning import reached, target_reached
 from apps.yolov5 import train_prune
 from apps.yolov5 import ultralytics_adapter as adapter
 from apps.yolov5.arguments import parser
-from apps.yolov5.pruning import reached, target_reached
 from data.shapes_detection import make
 from pruning_core import Pruning, checkpoint
 

@@ -1,4 +1,7 @@
-"""Command lines: an unknown option is answered with the nearest known one, and rank 0 alone speaks."""
+"""Command lines: an unknown option is answered with the nearest known one, and rank 0 alone speaks.
+
+Nothing heavy is imported here, so that --help and typing mistakes are answered at once.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import difflib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 EXIT_BAD_INPUT = 2
@@ -62,3 +66,47 @@ def leave(message: str) -> NoReturn:
     else:
         time.sleep(RANK_0_SPEAKS_WITHIN)
     sys.exit(EXIT_BAD_INPUT)
+
+
+def count(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
+        return value
+
+    return convert
+
+
+def number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+    if not abs(value) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be finite, got {text}")
+    return value
+
+
+def positive(text: str) -> float:
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+def not_negative(text: str) -> float:
+    value = number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    return value
+
+
+def plain(value: Any) -> Any:
+    """An option as files hold it."""
+    return str(value) if isinstance(value, Path) else value

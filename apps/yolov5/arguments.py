@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from apps.common.arguments import Parser
+from apps.common.arguments import Parser, count, positive
 
 EXAMPLES = """examples:
   dense   python apps/yolov5/train_prune.py --data data.yaml --cfg yolov5n.yaml --epochs 100
@@ -42,31 +40,6 @@ MAY_CHANGE = (
     "name",
 )
 """Options that a resumed run may be given anew: they do not change its weights."""
-
-
-def count(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
-        if value > most:
-            raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
-        return value
-
-    return convert
-
-
-def positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
 
 
 def folder(text: str) -> str:
@@ -125,8 +98,3 @@ def parser() -> Parser:
     place.add_argument("--noval", action="store_true", help="evaluate the last epoch only")
     place.add_argument("--noplots", action="store_true")
     return made
-
-
-def plain(value: Any) -> Any:
-    """An option as files hold it."""
-    return str(value) if isinstance(value, Path) else value

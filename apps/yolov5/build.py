@@ -12,14 +12,15 @@ import torch
 from torch import nn
 
 from apps.common.errors import BadInput
+from apps.common.pruning import read_recipe
 from apps.common.ranks import Ranks
 from apps.common.run_folder import safe_name
 from apps.yolov5 import ultralytics_adapter as adapter
 from apps.yolov5.arguments import TEMPERATURE
 from apps.yolov5.data_set import DataSet, TrainBatches, ValBatches, read_data
 from apps.yolov5.hyp import read_hyp
-from apps.yolov5.pruning import begin_pruning, read_recipe
-from apps.yolov5.resume import check_same, find_state, load_state, saved_options
+from apps.yolov5.pruning import begin_pruning
+from apps.yolov5.resume import begun_with, check_same, find_state, load_state
 from apps.yolov5.run import Run
 from apps.yolov5.timeline import Timeline, check_epochs
 from pruning_core.distillation import DetectionDistillation
@@ -32,7 +33,7 @@ def build(options: Namespace, given: dict[str, Any], ranks: Ranks) -> Run:
     state = None
     if options.resume:
         state = find_state(options, ranks)
-        options = saved_options(options, given, state["options"])
+        options = begun_with(options, given, state["options"])
     run = _build(options, ranks, state)
     if state is not None:
         check_same(run, state, given)
@@ -72,7 +73,7 @@ def _build(options: Namespace, ranks: Ranks, state: dict[str, Any] | None) -> Ru
         frozen=frozen,
     )
     if options.do_prune:
-        run.recipe = state["recipe"] if state else read_recipe(options.pruning_config)
+        run.recipe = read_recipe(state["recipe"] if state else options.pruning_config)
         window = run.timeline.pruning_starts, run.timeline.pruning_ends
         run.pruner = begin_pruning(run.recipe, model, run.optimizer, window, run.timeline.steps, ranks.say)
     if options.dist_loss:

@@ -8,19 +8,18 @@ from typing import Any
 
 import torch
 
+from apps.common.arguments import plain
+from apps.common.pruning import asked, reached
+from apps.common.results import ASKED, REACHED, duration, epochs_of, plot_curves, share, text_table, write_report
 from apps.common.run_folder import ResultsTable, new_folder
 from apps.common.yaml_file import write_yaml
-from apps.yolov5.arguments import plain
 from apps.yolov5.hyp import KEYS
-from apps.yolov5.pruning import asked, reached
 from apps.yolov5.run import Run
 from pruning_core import Pruning
-from pruning_core.checkpoint import write_atomically
 
 BOTH = "metrics/mAP50-95"
 MAP50 = "metrics/mAP50"
 TableRow = tuple[str, dict[str, float], float | None, float | None, int]
-ASKED, REACHED = "sparsity/asked", "sparsity/reached"
 
 
 def open_folder(run: Run) -> Path:
@@ -100,55 +99,21 @@ def epoch_line(row: dict[str, Any], epochs: int, seconds_left: float) -> str:
     return "  ".join([*parts, f"{duration(seconds_left)} left"])
 
 
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def plot(table: ResultsTable, dense: dict[str, float], path: Path) -> None:
-    """mAP and sparsity over the epochs on one axis, beside the dense model's; the losses below."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-    for name, label, style in ((MAP50, "mAP50", "C0-"), (BOTH, "mAP50-95", "C0--"), (REACHED, "sparsity", "C3-")):
-        points = table.column(name)
-        if points:
-            top.plot(*zip(*points, strict=True), style, label=label, marker="." if len(points) < 40 else "")
-    if MAP50 in dense:
-        top.axhline(dense[MAP50], color="0.5", linewidth=1, zorder=1, label="mAP50 of the dense model")
-    top.set_ylim(0, 1.02)
-    top.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    top.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=9)
-    top.set_ylabel("validation mAP, share of zeros")
-    for name in dict.fromkeys(key for row in table.rows for key in row if key.startswith("train/")):
-        bottom.plot(*zip(*table.column(name), strict=True), label=name.removeprefix("train/"))
-    bottom.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, frameon=False, fontsize=9)
-    bottom.set_ylabel("training loss")
-    bottom.set_xlabel("epoch")
-    bottom.xaxis.get_major_locator().set_params(integer=True)
-    for axes in (top, bottom):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    level = ("mAP50", dense[MAP50]) if MAP50 in dense else None
+    scores = [(MAP50, "mAP50"), (BOTH, "mAP50-95")]
+    plot_curves(table, scores, path, title="validation mAP, share of zeros", dense=level)
 
 
 def last_table(rows: Sequence[TableRow]) -> str:
     """A row a model: name, metrics, asked and reached sparsity of its pruned layers, bytes of its file."""
-    head = ("model", "mAP50", "mAP50-95", "asked", "reached", "file")
-    cells: list[tuple[str, ...]] = [head]
+    cells = [("model", "mAP50", "mAP50-95", "asked", "reached", "file")]
     for name, metrics, wanted, counted, size in rows:
-        shares = ["-" if share is None else f"{share:.2%}" for share in (wanted, counted)]
         figures = [f"{metrics[key]:.3f}" if key in metrics else "-" for key in (MAP50, BOTH)]
-        cells.append((name, *figures, *shares, f"{size / 1e6:.1f} MB" if size else "-"))
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = []
-    for row in cells:
-        first = row[0].ljust(widths[0])
-        rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([first, *rest]))
-    return "\n".join(lines)
+        cells.append(
+            (name, figures[0], figures[1], share(wanted), share(counted), f"{size / 1e6:.1f} MB" if size else "-")
+        )
+    return text_table(cells)
 
 
 def status(run: Run, seconds: float) -> str:
@@ -173,12 +138,4 @@ def report(run: Run, pruner: Pruning, metrics: dict[str, float], folder: Path) -
         for name in (MAP50, BOTH)
         if name in values
     }
-    made = pruner.report()
-    made.save_json(folder / "pruning_report.json")
-    made.save_markdown(folder / "pruning_report.md")
-    if not run.options.noplots:
-        made.plot(folder / "pruning_report.png")
-
-
-def epochs_of(count: int) -> str:
-    return f"{count} epoch" if count == 1 else f"{count} epochs"
+    write_report(pruner.report(), folder, plots=not run.options.noplots)

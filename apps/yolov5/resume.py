@@ -6,10 +6,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from apps.common.arguments import plain
 from apps.common.errors import BadInput
 from apps.common.ranks import Ranks
+from apps.common.resume import saved_options
 from apps.common.run_folder import latest_folder
-from apps.yolov5.arguments import MAY_CHANGE, plain
+from apps.yolov5.arguments import MAY_CHANGE
 from apps.yolov5.hyp import KEYS
 from apps.yolov5.run import Progress, Run
 from pruning_core import CheckpointError, WeightPruningConfig, checkpoint
@@ -40,15 +42,10 @@ def find_state(options: Namespace, ranks: Ranks) -> dict[str, Any]:
     return state
 
 
-def saved_options(options: Namespace, given: dict[str, Any], saved: dict[str, Any]) -> Namespace:
-    """The options the run was begun with. What is given anew must agree, or be free to change."""
-    for name, value in given.items():
-        if name not in MAY_CHANGE and plain(value) != saved.get(name):
-            spelled = "--" + name.replace("_", "-") if name in ("batch_size", "cos_lr", "sync_bn") else f"--{name}"
-            do = "leave it out, or begin a new run without --resume"
-            raise BadInput(f"{spelled}: this run was begun with {saved.get(name)!r}, got {plain(value)!r}; {do}")
-    merged = {**vars(options), **saved, **{name: given[name] for name in MAY_CHANGE if name in given}}
-    return Namespace(**{**merged, "resume": True, "project": Path(merged["project"])})
+def begun_with(options: Namespace, given: dict[str, Any], saved: dict[str, Any]) -> Namespace:
+    dashes = ("batch_size", "cos_lr", "sync_bn")
+    merged = saved_options(options, given, saved, may_change=MAY_CHANGE, with_dashes=dashes, without="--resume")
+    return Namespace(**{**vars(merged), "resume": True, "project": Path(merged.project)})
 
 
 def check_same(run: Run, state: dict[str, Any], given: dict[str, Any]) -> None:
@@ -86,7 +83,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "scaler": run.scaler.state_dict(),
         "images": len(run.train_batches.images),
         "names": run.data.names,
-        "recipe": run.recipe,
+        "recipe": run.recipe.to_dict() if run.recipe else None,
         "pruner": run.pruner.state_dict() if run.pruner else None,
         "progress": dict(vars(run.progress)),
         "rng": checkpoint.rng_state(),

@@ -14,7 +14,7 @@ from apps.common.ranks import Ranks
 from apps.yolov5 import ultralytics_adapter as adapter
 from apps.yolov5.data_set import DataSet, TrainBatches, ValBatches
 from apps.yolov5.timeline import Timeline
-from pruning_core import Pruning
+from pruning_core import Pruning, WeightPruningConfig
 from pruning_core.distillation import DetectionDistillation
 
 
@@ -56,6 +56,6 @@ class Run:
     start: adapter.Model | None = None
     """The model that ``--weights`` held: evaluated once, as the dense model that the sparse one is measured against."""
     frozen: tuple[str, ...] = ()
-    recipe: dict[str, Any] | None = None
+    recipe: WeightPruningConfig | None = None
     """The pruning configuration as it was given, before the app set its steps."""
     progress: Progress = field(default_factory=Progress)

@@ -29,12 +29,13 @@ from tqdm import tqdm
 from apps.common import ranks as processes
 from apps.common.errors import BadInput
 from apps.common.interrupt import Interrupt
+from apps.common.pruning import asked, end_pruning, reached, target_reached
+from apps.common.results import duration, epochs_of
 from apps.common.run_folder import ResultsTable
 from apps.yolov5 import results
 from apps.yolov5 import ultralytics_adapter as adapter
 from apps.yolov5.build import build
 from apps.yolov5.data_set import to_device
-from apps.yolov5.pruning import asked, end_pruning, reached, target_reached
 from apps.yolov5.resume import RESUME, state_of
 from apps.yolov5.run import Run
 from pruning_core import checkpoint
@@ -240,7 +241,7 @@ def finish(run: Run, evaluator: adapter.Evaluator, folder: Path, table: ResultsT
         results.report(run, run.pruner, metrics, folder)
     if not run.options.noplots:
         results.plot(table, progress.dense_metrics, folder / "results.png")
-    print(f"\n{results.epochs_of(progress.epoch)} in {results.duration(progress.seconds)}, all in {folder}")
+    print(f"\n{epochs_of(progress.epoch)} in {duration(progress.seconds)}, all in {folder}")
     print(results.last_table(rows))
     if run.pruner is not None:
         print(f"{shipped} loads with ultralytics.YOLO. What its zeros are good for: apps/yolov5/README.md")

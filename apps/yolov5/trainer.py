@@ -17,8 +17,9 @@ from typing import Any
 from torch import nn
 
 from apps.common.errors import BadInput
+from apps.common.pruning import asked, end_pruning, read_recipe, target_reached
 from apps.yolov5 import ultralytics_adapter as adapter
-from apps.yolov5.pruning import asked, begin_pruning, end_pruning, read_recipe, target_reached
+from apps.yolov5.pruning import begin_pruning
 from apps.yolov5.timeline import check_epochs
 from pruning_core import Pruning
 
