@@ -20,11 +20,11 @@ def new_folder(project: Path, name: str, *, exist_ok: bool) -> Path:
     return folder
 
 
-def latest_folder(project: Path, marker: str) -> Path:
+def latest_folder(project: Path, marker: str, *, option: str = "--resume", what: str = "interrupted run") -> Path:
     """The folder under ``project`` in which ``marker`` was written last."""
     found = [path for path in project.glob(f"*/{marker}") if path.is_file()]
     if not found:
-        raise BadInput(f"--resume: no interrupted run, got {project}; give the folder of the run")
+        raise BadInput(f"{option}: no {what}, got {project}; give the folder of the {what.split()[-1]}")
     newest = max(found, key=lambda path: path.stat().st_mtime)
     return newest.parents[len(Path(marker).parts) - 1]
 

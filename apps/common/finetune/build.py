@@ -1,0 +1,215 @@
+"""From a command line to a run: everything that the loop needs, checked before anything is written."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from apps.common.arguments import leave
+from apps.common.errors import BadInput
+from apps.common.finetune import card, hub, processes, results, state
+from apps.common.finetune.arguments import DEFAULT_RECIPE, RECIPE_FLAGS, check
+from apps.common.finetune.loop import train
+from apps.common.finetune.model import (
+    check_vocabulary,
+    load_config,
+    load_model,
+    load_teacher,
+    load_tokenizer,
+    tiny_bert,
+)
+from apps.common.finetune.run import App, Data, Run
+from apps.common.finetune.timeline import timeline
+from apps.common.interrupt import Interrupt
+from apps.common.pruning import begin_pruning, read_recipe
+from apps.common.ranks import Ranks, leave_group
+from pruning_core import WeightPruningConfig
+from pruning_core.distillation import LogitDistillation
+
+ReadData = Callable[[Namespace, PreTrainedTokenizerBase], Data]
+LEARNING_RATE, FROM_RANDOM = 5e-5, 1e-3
+EPOCHS = 3
+
+
+def start(app: App, options: Namespace, given: dict[str, Any], tokenizer: Any, read_data: ReadData) -> int:
+    """The whole run, and its exit code. ``tokenizer()`` makes that of the embedded data; ``read_data`` is the app's."""
+    try:
+        run = build(app, options, given, tokenizer, read_data)
+    except BadInput as error:
+        leave(str(error))
+    with Interrupt() as interrupt:
+        try:
+            return train(run, interrupt)
+        finally:
+            leave_group()
+
+
+def build(app: App, options: Namespace, given: dict[str, Any], tokenizer: Any, read_data: ReadData) -> Run:
+    """A new run, or one that goes on."""
+    saved = None
+    if options.resume_from_checkpoint:
+        saved = state.find(options, app.name)
+        options = state.begun_with(options, given, saved)
+    else:
+        results.check_folder(options.output_dir, overwrite=options.overwrite_output_dir)
+    check(options)
+    accelerator, ranks = processes.begin(options)
+    hub.quiet(ranks.first)
+    with ranks.together():
+        card.check_hub(options)
+        recipe = _recipe(options, saved)
+        words = _tokenizer(options, tokenizer)
+    data = _in_turn(ranks, lambda: read_data(options, words))
+    with ranks.together():
+        if saved:
+            state.check_same(saved, data.identity, accelerator)
+        _defaults(options, app)
+        model, new = _model(app, options, words, data)
+        teacher = _teacher(app, options, model, words)
+        batches = _train_batches(options, data)
+        when = timeline(options, -(-len(batches) // ranks.size))
+    if new and options.model_name_or_path:
+        ranks.say(f"new weights, not in {options.model_name_or_path}: {', '.join(new)}")
+    processes.seed_dropout(options, ranks)
+    run = _prepared(app, options, accelerator, ranks, data, words, when, model, batches)
+    run.trained_head = not new
+    with ranks.together():
+        if recipe is not None:
+            run.recipe = recipe
+            window = when.pruning_starts, when.pruning_ends
+            run.pruner = begin_pruning(
+                recipe, run.bare, run.optimizer, window, when.steps, ranks.say, frequency=when.frequency
+            )
+        if teacher is not None:
+            run.teacher = teacher.to(ranks.device)
+            run.distillation = LogitDistillation(
+                kind=options.dist_loss, temperature=options.temperature, feature_weight=options.feature_weight
+            )
+    with ranks.together():
+        if saved is not None:
+            state.load(run, saved)
+    return run
+
+
+def _in_turn(ranks: Ranks, read: Callable[[], Data]) -> Data:
+    """Rank 0 first: it fills the caches that the others read."""
+    data = None
+    for turn in (True, False):
+        with ranks.together():
+            if ranks.first is turn:
+                data = read()
+    assert data is not None
+    return data
+
+
+def _recipe(options: Namespace, saved: dict[str, Any] | None) -> WeightPruningConfig | None:
+    if not options.do_prune:
+        return None
+    if saved is not None:
+        return read_recipe(saved["recipe"])
+    flags = {name: (flag, getattr(options, flag[2:])) for name, flag in RECIPE_FLAGS.items()}
+    given = {name: pair for name, pair in flags.items() if pair[1] is not None}
+    return read_recipe(options.pruning_config or DEFAULT_RECIPE, given)
+
+
+def _tokenizer(options: Namespace, tokenizer: Callable[[], Any]) -> PreTrainedTokenizerBase:
+    if options.tokenizer_name:
+        return load_tokenizer(options.tokenizer_name, "--tokenizer_name")
+    if options.model_name_or_path:
+        return load_tokenizer(options.model_name_or_path, "--model_name_or_path")
+    return tokenizer()
+
+
+def _defaults(options: Namespace, app: App) -> None:
+    random = not options.model_name_or_path
+    if options.learning_rate is None:
+        options.learning_rate = FROM_RANDOM if random else LEARNING_RATE
+    if options.num_train_epochs is None:
+        options.num_train_epochs = app.epochs if random else EPOCHS
+
+
+def _model(
+    app: App, options: Namespace, tokenizer: PreTrainedTokenizerBase, data: Data
+) -> tuple[PreTrainedModel, list[str]]:
+    name = options.model_name_or_path
+    if not name:
+        return app.kind.from_config(tiny_bert(len(tokenizer), **data.config)), ["all"]
+    config = load_config(name, "--model_name_or_path", **data.config)
+    model, new = load_model(
+        app.kind, name, "--model_name_or_path", config=config, new_sizes=options.ignore_mismatched_sizes
+    )
+    check_vocabulary(model, tokenizer, name)
+    return model, new
+
+
+def _teacher(app: App, options: Namespace, model: PreTrainedModel, tokenizer: Any) -> PreTrainedModel | None:
+    if not options.dist_loss:
+        return None
+    name = options.teacher_model_name_or_path or options.model_name_or_path
+    option = "--teacher_model_name_or_path" if options.teacher_model_name_or_path else "--model_name_or_path"
+    teacher = load_teacher(app.kind, name, option, model, tokenizer)
+    sizes = [(each.config.num_hidden_layers, each.config.hidden_size) for each in (model, teacher)]
+    if options.feature_weight and sizes[0] != sizes[1]:
+        do = "leave it out, or use a teacher of the student's size"
+        raise BadInput(
+            f"--feature_weight: layers and width {sizes[0]} and {sizes[1]} cannot be compared, got {name!r}; {do}"
+        )
+    return teacher
+
+
+def _train_batches(options: Namespace, data: Data) -> DataLoader[Any]:
+    """Shuffled by a generator of its own: one that all share would be ahead of where a resumed run finds it."""
+    return DataLoader(
+        data.train,
+        batch_size=options.per_device_train_batch_size,
+        shuffle=True,
+        collate_fn=data.collate,
+        generator=torch.Generator(),
+    )
+
+
+def _prepared(
+    app: App,
+    options: Namespace,
+    accelerator: Any,
+    ranks: Ranks,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    when: Any,
+    model: PreTrainedModel,
+    batches: DataLoader[Any],
+) -> Run:
+    optimizer = _optimizer(options, model, accelerator.device)
+    names = list(data.validation)
+    prepared = accelerator.prepare(model, optimizer, batches, *data.validation.values())
+    # The schedule counts the optimizer steps that were made, on any number of ranks: Accelerate's own would step once
+    # per rank, and also where a fused optimizer skips.
+    scheduler = get_scheduler(options.lr_scheduler_type, prepared[1].optimizer, options.num_warmup_steps, when.steps)
+    return Run(
+        app=app,
+        options=options,
+        accelerator=accelerator,
+        ranks=ranks,
+        data=data,
+        tokenizer=tokenizer,
+        timeline=when,
+        model=prepared[0],
+        optimizer=prepared[1],
+        scheduler=scheduler,
+        train_batches=prepared[2],
+        validation=dict(zip(names, prepared[3:], strict=True)),
+    )
+
+
+def _optimizer(options: Namespace, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """Matrices decay; biases and norms do not."""
+    decay = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    rest = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    groups = [{"params": decay, "weight_decay": options.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=options.learning_rate, fused=device.type in ("cuda", "cpu"))

@@ -1,0 +1,73 @@
+"""Accelerate, begun for a run that ``accelerate launch`` or ``torchrun`` started: processes, precision, trackers."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, DistributedType, set_seed
+
+from apps.common.errors import BadInput
+from apps.common.ranks import TIMEOUT, Ranks
+
+
+def begin(options: Namespace) -> tuple[Accelerator, Ranks]:
+    """The order of the batches is a function of seed and epoch, so that a resumed run sees the same ones."""
+    order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=options.seed)
+    trackers = {"log_with": options.report_to, "project_dir": _folder(options)} if options.with_tracking else {}
+    try:
+        accelerator = Accelerator(
+            mixed_precision=options.mixed_precision,
+            gradient_accumulation_steps=options.gradient_accumulation_steps,
+            dataloader_config=order,
+            **trackers,
+        )
+    except ValueError as error:
+        option = "--report_to" if "log_with" in str(error) or "tracker" in str(error) else "--mixed_precision"
+        raise BadInput(f"{option}: {' '.join(str(error).split())}") from error
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
+        do = "use DDP or FSDP2 (apps/common/accelerate)"
+        raise BadInput(f"accelerate: weights and gradients of {accelerator.distributed_type} are out of reach; {do}")
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise BadInput("accelerate: FSDP of the first version keeps flat weights; set fsdp_version: 2")
+    set_seed(options.seed)  # the same new head on every rank
+    return accelerator, _ranks(accelerator)
+
+
+def _folder(options: Namespace) -> str:
+    return str(options.output_dir or "runs")
+
+
+def _ranks(accelerator: Accelerator) -> Ranks:
+    rank, size, local = accelerator.process_index, accelerator.num_processes, accelerator.local_process_index
+    talk = dist.new_group(backend="gloo", timeout=TIMEOUT) if size > 1 else None
+    return Ranks(rank, size, local, accelerator.device, talk)
+
+
+def sharded(accelerator: Accelerator) -> bool:
+    """FSDP2: every rank holds a part of each weight."""
+    return bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
+def precision(accelerator: Accelerator) -> str:
+    return {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+
+
+def skipped(accelerator: Accelerator, scale_before: float | None) -> bool:
+    """Whether the scaler left the last optimizer step out, because of gradients that were not finite.
+
+    ``accelerator.optimizer_step_was_skipped`` says no for fused optimizers: they are called, and do nothing.
+    The scale falls in both cases, and in no other.
+    """
+    return scale_before is not None and accelerator.scaler.get_scale() < scale_before
+
+
+def scale(accelerator: Accelerator) -> float | None:
+    return None if accelerator.scaler is None else accelerator.scaler.get_scale()
+
+
+def seed_dropout(options: Namespace, ranks: Ranks) -> None:
+    """Each rank draws its own dropout; the weights are there already."""
+    torch.manual_seed(options.seed + ranks.rank)

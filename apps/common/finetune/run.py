@@ -1,0 +1,113 @@
+"""What a run is made of, and how far it is."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from apps.common.finetune.timeline import Timeline
+from apps.common.ranks import Ranks
+from pruning_core import Pruning, WeightPruningConfig
+from pruning_core.distillation import LogitDistillation
+
+
+@dataclass(frozen=True)
+class App:
+    """What makes one app: its model's head, and what is scored."""
+
+    name: str
+    kind: Any
+    """``AutoModelFor...``"""
+    task: str
+    """What model cards call it."""
+    logits: Callable[[Any], Sequence[Tensor]]
+    """A model's outputs -> what a student learns from: one tensor per softmax."""
+    counts: Callable[[Mapping[str, Tensor]], Tensor | None]
+    """A batch -> which entries of the logits take part; None: all."""
+    full: float
+    """A perfect score: 1 or 100."""
+    epochs: int
+    """What the tiny random BERT needs on the embedded data."""
+
+
+@dataclass
+class Data:
+    """What one app has read: rows ready for the model, and how to score it on those that were held out."""
+
+    name: str
+    train: Any
+    collate: Callable[[list[Any]], dict[str, Tensor]]
+    validation: dict[str, DataLoader[Any]]
+    score: Callable[[Run, dict[str, DataLoader[Any]]], dict[str, float]]
+    """Called on every rank; the metrics, on every rank."""
+    main: str
+    metrics: tuple[str, ...]
+    config: dict[str, Any]
+    """What the model's configuration says of these data: labels."""
+    embedded: bool
+    summary: str
+    identity: dict[str, Any]
+    """Plain data that a resumed run must find again."""
+    write: Callable[[Path], None] = lambda folder: None
+    """What the app writes into the run's folder at its end, on rank 0."""
+
+
+@dataclass
+class Progress:
+    """What a resumed run needs besides weights. Plain data."""
+
+    epoch: int = 0
+    batch: int = 0
+    """Batches of this epoch that are done, on each rank."""
+    step: int = 0
+    """Optimizer steps that were made."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    dense: dict[str, float] = field(default_factory=dict)
+    """The metrics of the model that pruning began with."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass
+class Run:
+    app: App
+    options: Namespace
+    accelerator: Accelerator
+    ranks: Ranks
+    data: Data
+    tokenizer: PreTrainedTokenizerBase
+    timeline: Timeline
+    model: nn.Module
+    optimizer: Any
+    scheduler: Any
+    train_batches: Any
+    validation: dict[str, Any]
+    pruner: Pruning | None = None
+    teacher: PreTrainedModel | None = None
+    distillation: LogitDistillation | None = None
+    recipe: WeightPruningConfig | None = None
+    """The pruning configuration as it was given, before the app set its steps."""
+    trained_head: bool = False
+    """The model could do the task before the first step: it is measured, as the figure to beat."""
+    progress: Progress = field(default_factory=Progress)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """Losses of this epoch so far, on this rank."""
+
+    @property
+    def bare(self) -> PreTrainedModel:
+        """The model without what makes it run on several ranks."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        for name, value in losses.items():
+            here = self.sums.get(name, torch.zeros((), device=self.ranks.device))
+            self.sums[name] = here + value.detach().float()
