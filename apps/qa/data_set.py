@@ -40,7 +40,7 @@ def read_data(options: Namespace, tokenizer: PreTrainedTokenizerBase) -> Data:
     judge = Judge(options, held_out, windows)
     inputs = windows.remove_columns(["example", "offsets", "cls"]).add_column(NUMBER, list(range(len(windows))))
     collate = DataCollatorWithPadding(tokenizer)
-    batches = DataLoader(inputs, batch_size=options.per_device_eval_batch_size, collate_fn=collate)  # type: ignore[arg-type]
+    batches = DataLoader(inputs, batch_size=options.per_device_eval_batch_size, collate_fn=collate)
     exact = "exact" if options.version_2_with_negative else "exact_match"
     return Data(
         name=name,

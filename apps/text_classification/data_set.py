@@ -44,7 +44,7 @@ def read_data(options: Namespace, tokenizer: PreTrainedTokenizerBase) -> Data:
         train=train,
         collate=collate,
         validation={
-            key: DataLoader(each, batch_size=options.per_device_eval_batch_size, collate_fn=collate)  # type: ignore[arg-type]
+            key: DataLoader(each, batch_size=options.per_device_eval_batch_size, collate_fn=collate)
             for key, each in zip(names, held_out, strict=False)
         },
         score=lambda run, loaders: _score(run, loaders, task),

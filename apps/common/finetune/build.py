@@ -58,6 +58,7 @@ def build(app: App, options: Namespace, given: dict[str, Any], tokenizer: Any, r
         options = state.begun_with(options, given, saved)
     else:
         results.check_folder(options.output_dir, overwrite=options.overwrite_output_dir)
+        options.command = card.command()
     check(options)
     accelerator, ranks = processes.begin(options)
     hub.quiet(ranks.first)
@@ -87,7 +88,8 @@ def build(app: App, options: Namespace, given: dict[str, Any], tokenizer: Any, r
                 recipe, run.bare, run.optimizer, window, when.steps, ranks.say, frequency=when.frequency
             )
         if teacher is not None:
-            run.teacher = teacher.to(ranks.device)
+            teacher.to(ranks.device)  # type: ignore[arg-type]
+            run.teacher = teacher
             run.distillation = LogitDistillation(
                 kind=options.dist_loss, temperature=options.temperature, feature_weight=options.feature_weight
             )
@@ -185,8 +187,9 @@ def _prepared(
     model: PreTrainedModel,
     batches: DataLoader[Any],
 ) -> Run:
-    optimizer = _optimizer(options, model, accelerator.device)
+    optimizer, architecture = _optimizer(options, model, accelerator.device), type(model).__name__
     names = list(data.validation)
+    processes.choose_units(accelerator, model)
     prepared = accelerator.prepare(model, optimizer, batches, *data.validation.values())
     # The schedule counts the optimizer steps that were made, on any number of ranks: Accelerate's own would step once
     # per rank, and also where a fused optimizer skips.
@@ -200,6 +203,7 @@ def _prepared(
         tokenizer=tokenizer,
         timeline=when,
         model=prepared[0],
+        architecture=architecture,
         optimizer=prepared[1],
         scheduler=scheduler,
         train_batches=prepared[2],

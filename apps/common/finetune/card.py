@@ -33,11 +33,11 @@ def model_card(run: Run, report: Report | None) -> str:
         head["base_model"] = base
     lines = ["---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", "", f"# {run.options.output_dir.name}", ""]
     kind = "" if report is None else "A sparse "
-    lines += [f"{kind}`{type(run.bare).__name__}` for {run.data.name}.".replace("`", "`"), ""]
+    lines += [f"{kind}`{run.architecture}` for {run.data.name}.", ""]
     lines += _scores(run)
     if report is not None:
         lines += _zeros(run, report)
-    lines += ["## Made with", "", "```bash", f"python {shlex.join(_command())}", "```"]
+    lines += ["## Made with", "", "```bash", f"python {run.options.command}", "```"]
     return "\n".join(lines)
 
 
@@ -67,7 +67,7 @@ def _zeros(run: Run, report: Report) -> list[str]:
     return lines
 
 
-def _command() -> list[str]:
+def command() -> str:
     """As it was typed, without the token."""
     words, skip = [], False
     for word in sys.argv:
@@ -76,7 +76,7 @@ def _command() -> list[str]:
         skip = word == SECRET
         if skip:
             words.pop()
-    return words
+    return shlex.join(words)
 
 
 def check_hub(options: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 
 import datasets
 import huggingface_hub
@@ -29,5 +30,5 @@ def quiet(first: bool) -> None:
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
     datasets.utils.logging.set_verbosity_error()
-    if not first:
+    if not first or not sys.stderr.isatty():
         datasets.disable_progress_bars()

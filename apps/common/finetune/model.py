@@ -70,7 +70,7 @@ def _first_line(error: Exception) -> str:
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    rows, words = model.get_input_embeddings().weight.shape[0], len(tokenizer)
+    rows, words = int(model.config.vocab_size or 0), len(tokenizer)
     if words > rows:
         do = "use the tokenizer that the model was trained with"
         raise BadInput(f"--tokenizer_name: has {words} entries, the model {name!r} only {rows}; {do}")
@@ -94,7 +94,7 @@ def load_teacher(kind: Any, name: str, option: str, student: PreTrainedModel, to
     return teacher.requires_grad_(False).eval()
 
 
-def _compare(option: str, name: str, what: str, theirs: int, ours: int) -> None:
+def _compare(option: str, name: str, what: str, theirs: int | None, ours: int | None) -> None:
     if theirs != ours:
         raise BadInput(
             f"{option}: the teacher has {theirs} {what}, the student {ours}, got {name!r}; use another teacher"

@@ -6,8 +6,17 @@ from argparse import Namespace
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedType, set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    parse_flag_from_env,
+    set_seed,
+)
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from apps.common.errors import BadInput
 from apps.common.ranks import TIMEOUT, Ranks
@@ -27,6 +36,7 @@ def begin(options: Namespace) -> tuple[Accelerator, Ranks]:
     except ValueError as error:
         option = "--report_to" if "log_with" in str(error) or "tracker" in str(error) else "--mixed_precision"
         raise BadInput(f"{option}: {' '.join(str(error).split())}") from error
+    _shard_on_cpu(accelerator)
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
         do = "use DDP or FSDP2 (apps/common/accelerate)"
         raise BadInput(f"accelerate: weights and gradients of {accelerator.distributed_type} are out of reach; {do}")
@@ -34,6 +44,28 @@ def begin(options: Namespace) -> tuple[Accelerator, Ranks]:
         raise BadInput("accelerate: FSDP of the first version keeps flat weights; set fsdp_version: 2")
     set_seed(options.seed)  # the same new head on every rank
     return accelerator, _ranks(accelerator)
+
+
+def _shard_on_cpu(accelerator: Accelerator) -> None:
+    """Accelerate makes DDP of FSDP2 on the CPU, and does not say so. It is what was asked for, and it works."""
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        for state in (PartialState(), accelerator.state):  # the second is refreshed from the first
+            state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+
+
+def choose_units(accelerator: Accelerator, model: PreTrainedModel) -> None:
+    """FSDP2 gathers one layer at a time, and the word embeddings by themselves.
+
+    Accelerate takes the latter out of their module after it has sharded that module too, and fails: leave it whole.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    if not sharded(accelerator) or plugin.transformer_cls_names_to_wrap is not None:
+        return
+    words = model.get_input_embeddings()
+    around = {type(module).__name__ for module in model.modules() if any(each is words for each in module.children())}
+    names = getattr(model, "_no_split_modules", None) or ()
+    plugin.transformer_cls_names_to_wrap = sorted(name for name in names if name not in around)
 
 
 def _folder(options: Namespace) -> str:
@@ -49,6 +81,12 @@ def _ranks(accelerator: Accelerator) -> Ranks:
 def sharded(accelerator: Accelerator) -> bool:
     """FSDP2: every rank holds a part of each weight."""
     return bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that every rank holds a part of, put together. Every rank must ask for them."""
+    state = model.state_dict()
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
 
 
 def precision(accelerator: Accelerator) -> str:

@@ -75,7 +75,7 @@ def introduce(run: Run, folder: Path) -> None:
     ends = "process" if ranks.size == 1 else "processes"
     where = f"{ranks.size} {ends} on {ranks.device.type} in {processes.precision(run.accelerator)}"
     kind = "" if not processes.sharded(run.accelerator) else ", FSDP2"
-    ranks.say(f"{run.data.summary}; {type(run.bare).__name__}, {parameters:,} weights; {where}{kind}")
+    ranks.say(f"{run.data.summary}; {run.architecture}, {parameters:,} weights; {where}{kind}")
     epochs = epochs_of(round(timeline.steps / timeline.steps_per_epoch, 2))
     ranks.say(f"{epochs} of {timeline.steps_per_epoch} optimizer steps, {timeline.steps} in all; writing {folder}")
     if run.pruner is not None:
@@ -138,7 +138,7 @@ def finish(run: Run, table: ResultsTable, folder: Path) -> None:
     if run.pruner is not None:
         run.pruner.metrics = _both(run)
         report = run.pruner.report()
-    weights = run.accelerator.get_state_dict(run.model)
+    weights = processes.whole_weights(run.bare)
     if ranks.first:
         size = _save_model(run, folder, weights)
         results: dict[str, Any] = {f"eval_{name}": value for name, value in progress.metrics.items()}

@@ -87,6 +87,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     timeline: Timeline
     model: nn.Module
+    architecture: str
     optimizer: Any
     scheduler: Any
     train_batches: Any
