@@ -1,3 +1,7 @@
+import atexit
+import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 
@@ -6,6 +10,13 @@ import torch
 from torch import Tensor, nn
 
 torch.set_num_threads(1)
+
+# Nothing of the hub is asked for and no cache of the user is read or filled: set before huggingface_hub is imported.
+CACHE = tempfile.mkdtemp(prefix="pruning-core-hub-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_ASSETS_CACHE", "HF_TOKEN", "HF_TOKEN_PATH"):
+    os.environ.pop(name, None)
+os.environ |= {"HF_HOME": CACHE, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @pytest.fixture(autouse=True)

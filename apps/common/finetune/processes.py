@@ -59,8 +59,10 @@ def choose_units(accelerator: Accelerator, model: PreTrainedModel) -> None:
 
     Accelerate takes the latter out of their module after it has sharded that module too, and fails: leave it whole.
     """
+    if not sharded(accelerator):
+        return
     plugin = accelerator.state.fsdp_plugin
-    if not sharded(accelerator) or plugin.transformer_cls_names_to_wrap is not None:
+    if plugin.transformer_cls_names_to_wrap is not None:
         return
     words = model.get_input_embeddings()
     around = {type(module).__name__ for module in model.modules() if any(each is words for each in module.children())}
