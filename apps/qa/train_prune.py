@@ -31,6 +31,7 @@ APP = App(
     task="question-answering",
     logits=lambda outputs: [outputs.start_logits, outputs.end_logits],
     counts=lambda batch: batch["attention_mask"].bool(),
+    length="max_seq_length",
     full=100.0,
     epochs=6,
 )

@@ -31,6 +31,7 @@ APP = App(
     task="text-classification",
     logits=lambda outputs: [outputs.logits],
     counts=lambda batch: None,
+    length="max_length",
     full=1.0,
     epochs=6,
 )

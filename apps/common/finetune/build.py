@@ -17,6 +17,7 @@ from apps.common.finetune import card, hub, processes, results, state
 from apps.common.finetune.arguments import DEFAULT_RECIPE, RECIPE_FLAGS, check
 from apps.common.finetune.loop import train
 from apps.common.finetune.model import (
+    check_length,
     check_vocabulary,
     load_config,
     load_model,
@@ -72,6 +73,7 @@ def build(app: App, options: Namespace, given: dict[str, Any], tokenizer: Any, r
             state.check_same(saved, data.identity, accelerator)
         _defaults(options, app)
         model, new = _model(app, options, words, data)
+        check_length(model, words, getattr(options, app.length), f"--{app.length}")
         teacher = _teacher(app, options, model, words)
         batches = _train_batches(options, data)
         when = timeline(options, -(-len(batches) // ranks.size))

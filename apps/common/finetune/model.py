@@ -76,6 +76,13 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         raise BadInput(f"--tokenizer_name: has {words} entries, the model {name!r} only {rows}; {do}")
 
 
+def check_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, option: str) -> None:
+    """Longer rows would ask for positions that the model does not have, in the middle of training."""
+    limit = min(getattr(model.config, "max_position_embeddings", None) or tokens, tokenizer.model_max_length)
+    if tokens > limit:
+        raise BadInput(f"{option}: the model reads at most {limit} tokens, got {tokens}; lower it")
+
+
 def load_teacher(kind: Any, name: str, option: str, student: PreTrainedModel, tokenizer: Any) -> PreTrainedModel:
     """Dense, in eval mode and without gradients: its outputs are those it is known for."""
     config = load_config(name, option)
@@ -106,5 +113,5 @@ def tiny_bert(vocabulary: int, **shape: Any) -> PretrainedConfig:
     from transformers import BertConfig
 
     size = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
-    rest = {"max_position_embeddings": 256, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    rest = {"max_position_embeddings": 512, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return BertConfig(vocab_size=vocabulary, **{**size, **rest, **shape})

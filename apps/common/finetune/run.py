@@ -33,6 +33,8 @@ class App:
     """A model's outputs -> what a student learns from: one tensor per softmax."""
     counts: Callable[[Mapping[str, Tensor]], Tensor | None]
     """A batch -> which entries of the logits take part; None: all."""
+    length: str
+    """The option that says how many tokens a row may have."""
     full: float
     """A perfect score: 1 or 100."""
     epochs: int
