@@ -41,6 +41,13 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(word, self._option_string_actions, n=1)
         return f"{word}: unknown option; " + (f"did you mean {near[0]!r}?" if near else "see --help")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        near = difflib.get_close_matches(str(value), [str(choice) for choice in action.choices], n=1)
+        message = f"must be one of {', '.join(map(str, action.choices))}, got {value!r}"
+        raise argparse.ArgumentError(action, message + (f"; did you mean {near[0]!r}?" if near else ""))
+
     def given(self, args: Sequence[str] | None = None) -> dict[str, object]:
         """Only what stands on the command line, without the defaults."""
         defaults = {action.dest: action.default for action in self._actions}

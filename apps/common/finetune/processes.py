@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from argparse import Namespace
 
 import torch
@@ -27,16 +28,24 @@ def begin(options: Namespace) -> tuple[Accelerator, Ranks]:
     order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=options.seed)
     trackers = {"log_with": options.report_to, "project_dir": _folder(options)} if options.with_tracking else {}
     try:
-        accelerator = Accelerator(
-            mixed_precision=options.mixed_precision,
-            gradient_accumulation_steps=options.gradient_accumulation_steps,
-            dataloader_config=order,
-            **trackers,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*no supported trackers")  # said below
+            accelerator = Accelerator(
+                mixed_precision=options.mixed_precision,
+                gradient_accumulation_steps=options.gradient_accumulation_steps,
+                dataloader_config=order,
+                **trackers,
+            )
     except ValueError as error:
-        option = "--report_to" if "log_with" in str(error) or "tracker" in str(error) else "--mixed_precision"
-        raise BadInput(f"{option}: {' '.join(str(error).split())}") from error
+        option = "--mixed_precision" if "precision" in str(error) else "--report_to"
+        value = options.mixed_precision if option == "--mixed_precision" else options.report_to
+        raise BadInput(f"{option}: {' '.join(str(error).split())}, got {value}") from error
+    if options.with_tracking and not accelerator.log_with:
+        do = "install one, such as tensorboard, or leave --with_tracking out"
+        raise BadInput(f"--report_to: no such tracker is installed, got {options.report_to}; {do}")
     _shard_on_cpu(accelerator)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise BadInput("--mixed_precision: fp16 needs a GPU, got fp16 on the CPU; use bf16 or no")
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
         do = "use DDP or FSDP2 (apps/common/accelerate)"
         raise BadInput(f"accelerate: weights and gradients of {accelerator.distributed_type} are out of reach; {do}")
