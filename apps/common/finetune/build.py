@@ -143,6 +143,10 @@ def _model(
 ) -> tuple[PreTrainedModel, list[str]]:
     name = options.model_name_or_path
     if not name:
+        if not data.embedded:
+            raise BadInput(
+                "--model_name_or_path: is missing; the tiny random BERT knows the words of the embedded data only"
+            )
         return app.kind.from_config(tiny_bert(len(tokenizer), **data.config)), ["all"]
     config = load_config(name, "--model_name_or_path", **data.config)
     model, new = load_model(
