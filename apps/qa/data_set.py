@@ -65,7 +65,7 @@ class Judge:
     def __init__(self, options: Namespace, rows: Dataset, windows: Dataset) -> None:
         self.options, self.rows = options, rows
         self.examples, self.cls = windows["example"], windows["cls"]
-        self.offsets = windows.select_columns("offsets").with_format("numpy")
+        self.offsets = [np.asarray(each, dtype=np.int32).reshape(-1, 2) for each in windows["offsets"]]
         self.answers: dict[str, Answer] = {}
 
     def score(self, run: Run, loaders: dict[str, DataLoader[Any]]) -> dict[str, float]:
@@ -83,7 +83,7 @@ class Judge:
         return run.ranks.from_first(self._judged(found) if run.ranks.first else None)
 
     def _window(self, number: int, logits: np.ndarray) -> Window:
-        offsets = np.asarray(self.offsets[number]["offsets"], dtype=np.int32).reshape(-1, 2)
+        offsets = self.offsets[number]
         start, end = logits[:, : len(offsets)]
         return Window(self.examples[number], offsets, start, end, cls=self.cls[number])
 
