@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from apps.common.finetune.model import (
     tiny_bert,
 )
 from apps.common.finetune.run import App, Data, Run
-from apps.common.finetune.timeline import timeline
+from apps.common.finetune.timeline import Timeline, timeline
 from apps.common.interrupt import Interrupt
 from apps.common.pruning import begin_pruning, read_recipe
 from apps.common.ranks import Ranks, leave_group
@@ -53,14 +53,7 @@ def start(app: App, options: Namespace, given: dict[str, Any], tokenizer: Any, r
 
 def build(app: App, options: Namespace, given: dict[str, Any], tokenizer: Any, read_data: ReadData) -> Run:
     """A new run, or one that goes on."""
-    saved = None
-    if options.resume_from_checkpoint:
-        saved = state.find(options, app.name)
-        options = state.begun_with(options, given, saved)
-    else:
-        results.check_folder(options.output_dir, overwrite=options.overwrite_output_dir)
-        options.command = card.command()
-    check(options)
+    options, saved = _settled(app, options, given)
     accelerator, ranks = processes.begin(options)
     hub.quiet(ranks.first)
     with ranks.together():
@@ -71,34 +64,28 @@ def build(app: App, options: Namespace, given: dict[str, Any], tokenizer: Any, r
     with ranks.together():
         if saved:
             state.check_same(saved, data.identity, accelerator)
-        _defaults(options, app)
-        model, new = _model(app, options, words, data)
-        check_length(model, words, getattr(options, app.length), f"--{app.length}")
-        teacher = _teacher(app, options, model, words)
-        batches = _train_batches(options, data)
-        when = timeline(options, -(-len(batches) // ranks.size))
-    if new and options.model_name_or_path:
-        ranks.say(f"new weights, not in {options.model_name_or_path}: {', '.join(new)}")
-    processes.seed_dropout(options, ranks)
-    run = _prepared(app, options, accelerator, ranks, data, words, when, model, batches)
-    run.trained_head = not new
+        parts = _parts(app, options, words, data, ranks)
+    run = _prepared(app, options, accelerator, ranks, data, words, parts)
     with ranks.together():
-        if recipe is not None:
-            run.recipe = recipe
-            window = when.pruning_starts, when.pruning_ends
-            run.pruner = begin_pruning(
-                recipe, run.bare, run.optimizer, window, when.steps, ranks.say, frequency=when.frequency
-            )
-        if teacher is not None:
-            teacher.to(ranks.device)  # type: ignore[arg-type]
-            run.teacher = teacher
-            run.distillation = LogitDistillation(
-                kind=options.dist_loss, temperature=options.temperature, feature_weight=options.feature_weight
-            )
-    with ranks.together():
-        if saved is not None:
+        _add_pruner(run, recipe)
+        _add_teacher(run, parts.teacher)
+    if saved is not None:
+        with ranks.together():
             state.load(run, saved)
     return run
+
+
+def _settled(app: App, options: Namespace, given: dict[str, Any]) -> tuple[Namespace, dict[str, Any] | None]:
+    """The options of this run, and the checkpoint it goes on from."""
+    saved = None
+    if options.resume_from_checkpoint:
+        saved = state.find(options, app.name)
+        options = state.begun_with(options, given, saved)
+    else:
+        results.check_folder(options.output_dir, overwrite=options.overwrite_output_dir)
+        options.command = card.command()
+    check(options)
+    return options, saved
 
 
 def _in_turn(ranks: Ranks, read: Callable[[], Data]) -> Data:
@@ -128,6 +115,28 @@ def _tokenizer(options: Namespace, tokenizer: Callable[[], Any]) -> PreTrainedTo
     if options.model_name_or_path:
         return load_tokenizer(options.model_name_or_path, "--model_name_or_path")
     return tokenizer()
+
+
+class _Parts(NamedTuple):
+    model: PreTrainedModel
+    new: list[str]
+    """Weights that the model's file did not have."""
+    teacher: PreTrainedModel | None
+    batches: DataLoader[Any]
+    when: Timeline
+
+
+def _parts(app: App, options: Namespace, tokenizer: PreTrainedTokenizerBase, data: Data, ranks: Ranks) -> _Parts:
+    """What the run is made of, each checked against the others."""
+    _defaults(options, app)
+    model, new = _model(app, options, tokenizer, data)
+    check_length(model, tokenizer, getattr(options, app.length), f"--{app.length}")
+    teacher = _teacher(app, options, model, tokenizer)
+    batches = _train_batches(options, data)
+    when = timeline(options, -(-len(batches) // ranks.size))
+    if new and options.model_name_or_path:
+        ranks.say(f"new weights, not in {options.model_name_or_path}: {', '.join(new)}")
+    return _Parts(model, new, teacher, batches, when)
 
 
 def _defaults(options: Namespace, app: App) -> None:
@@ -189,17 +198,16 @@ def _prepared(
     ranks: Ranks,
     data: Data,
     tokenizer: PreTrainedTokenizerBase,
-    when: Any,
-    model: PreTrainedModel,
-    batches: DataLoader[Any],
+    parts: _Parts,
 ) -> Run:
-    optimizer, architecture = _optimizer(options, model, accelerator.device), type(model).__name__
-    names = list(data.validation)
-    processes.choose_units(accelerator, model)
-    prepared = accelerator.prepare(model, optimizer, batches, *data.validation.values())
+    processes.seed_dropout(options, ranks)
+    processes.choose_units(accelerator, parts.model)
+    architecture, optimizer = type(parts.model).__name__, _optimizer(options, parts.model, accelerator.device)
+    prepared = accelerator.prepare(parts.model, optimizer, parts.batches, *data.validation.values())
     # The schedule counts the optimizer steps that were made, on any number of ranks: Accelerate's own would step once
     # per rank, and also where a fused optimizer skips.
-    scheduler = get_scheduler(options.lr_scheduler_type, prepared[1].optimizer, options.num_warmup_steps, when.steps)
+    torch_optimizer, steps = prepared[1].optimizer, parts.when.steps
+    scheduler = get_scheduler(options.lr_scheduler_type, torch_optimizer, options.num_warmup_steps, steps)
     return Run(
         app=app,
         options=options,
@@ -207,13 +215,35 @@ def _prepared(
         ranks=ranks,
         data=data,
         tokenizer=tokenizer,
-        timeline=when,
+        timeline=parts.when,
         model=prepared[0],
         architecture=architecture,
         optimizer=prepared[1],
         scheduler=scheduler,
         train_batches=prepared[2],
-        validation=dict(zip(names, prepared[3:], strict=True)),
+        validation=dict(zip(data.validation, prepared[3:], strict=True)),
+        trained_head=not parts.new,
+    )
+
+
+def _add_pruner(run: Run, recipe: WeightPruningConfig | None) -> None:
+    if recipe is None:
+        return
+    when, run.recipe = run.timeline, recipe
+    window = when.pruning_starts, when.pruning_ends
+    run.pruner = begin_pruning(
+        recipe, run.bare, run.optimizer, window, when.steps, run.ranks.say, frequency=when.frequency
+    )
+
+
+def _add_teacher(run: Run, teacher: PreTrainedModel | None) -> None:
+    if teacher is None:
+        return
+    options = run.options
+    teacher.to(run.ranks.device)  # type: ignore[arg-type]
+    run.teacher = teacher
+    run.distillation = LogitDistillation(
+        kind=options.dist_loss, temperature=options.temperature, feature_weight=options.feature_weight
     )
 
 
