@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,12 @@ def latest_folder(project: Path, marker: str, *, option: str = "--resume", what:
         raise BadInput(f"{option}: no {what}, got {project}; give the folder of the {what.split()[-1]}")
     newest = max(found, key=lambda path: path.stat().st_mtime)
     return newest.parents[len(Path(marker).parts) - 1]
+
+
+def check_writable(folder: Path, option: str) -> None:
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise BadInput(f"{option}: is no folder to write to, got {str(folder)!r}; choose another")
 
 
 class ResultsTable:

@@ -32,6 +32,14 @@ def read_data(options: Namespace, tokenizer: PreTrainedTokenizerBase) -> Data:
     check_options(options.n_best_size, options.max_answer_length)
     if tokenizer.padding_side != "right":
         raise BadInput("--tokenizer_name: pads on the left, got an autoregressive model; use an encoder such as BERT")
+    if options.null_score_diff_threshold and not options.version_2_with_negative:
+        got = options.null_score_diff_threshold
+        raise BadInput(
+            f"--null_score_diff_threshold: does nothing without --version_2_with_negative, got {got:g}; add it"
+        )
+    if options.dataset_config_name and not options.dataset_name:
+        got = options.dataset_config_name
+        raise BadInput(f"--dataset_config_name: does nothing without --dataset_name, got {got}; add it")
     name, ((_, train), (source, held_out)) = read_questions(options)
     train, held_out = first_rows(train, options.max_train_samples), first_rows(held_out, options.max_eval_samples)
     check_lengths(options, tokenizer, train, "the training questions")
@@ -113,7 +121,8 @@ class Judge:
         _write(folder / "predictions.json", {key: each.text for key, each in self.answers.items()})
         _write(folder / "nbest_predictions.json", {key: each.n_best for key, each in self.answers.items()})
         if self.options.version_2_with_negative:
-            _write(folder / "null_odds.json", {key: each.null_score_difference for key, each in self.answers.items()})
+            odds = {key: min(each.null_score_difference, -FAR) for key, each in self.answers.items()}  # JSON has no inf
+            _write(folder / "null_odds.json", odds)
 
 
 def _write(path: Path, content: Any) -> None:

@@ -104,6 +104,8 @@ def check(rows: Dataset, source: str, *, unanswerable: bool) -> None:
     seen = set()
     for row in rows:
         where = f"{source}: question {row['id']!r}"
+        if row["id"] is None:
+            raise BadInput(f"{source}: a question has no id, got {str(row['question'])[:60]!r}; give it one")
         if row["id"] in seen:
             raise BadInput(f"{where} is there twice; give each its own id")
         seen.add(row["id"])
@@ -111,14 +113,28 @@ def check(rows: Dataset, source: str, *, unanswerable: bool) -> None:
             if not isinstance(row[name], str) or not row[name].strip():
                 raise BadInput(f"{where} has no {name}, got {row[name]!r}; fill or remove it")
         answers = row["answers"]
-        if not isinstance(answers, dict) or not {"text", "answer_start"} <= answers.keys():
-            raise BadInput(f"{where} must have answers {{text: [...], answer_start: [...]}}, got {str(answers)[:80]!r}")
+        if not _are_answers(answers):
+            do = "write {text: [...], answer_start: [...]}, as many of each"
+            raise BadInput(f"{where} has answers of another kind, got {str(answers)[:80]!r}; {do}")
         if not answers["text"] and not unanswerable:
             raise BadInput(f"{where} has no answer; add --version_2_with_negative, or remove it")
         for text, start in zip(answers["text"], answers["answer_start"], strict=True):
+            if not text.strip() or start < 0:
+                raise BadInput(
+                    f"{where} has an empty answer or one before the context, got {text!r} at {start}; mend the file"
+                )
             if row["context"][start : start + len(text)] != text:
                 found = row["context"].find(text)
                 do = f"it is at {found}" if found >= 0 else "it is nowhere in the context"
                 raise BadInput(
                     f"{where}: its answer is not at answer_start {start}, got {text[:60]!r}; {do}, mend the file"
                 )
+
+
+def _are_answers(answers: Any) -> bool:
+    if not isinstance(answers, dict):
+        return False
+    texts, starts = answers.get("text"), answers.get("answer_start")
+    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+        return False
+    return all(isinstance(text, str) for text in texts) and all(type(start) is int for start in starts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from apps.common.errors import BadInput
+
+Encode = Callable[[dict[str, list[Any]]], tuple[Any, list[int]]]
+"""A batch of rows -> the encoding of all their windows, and the row that each window came from."""
 
 
 def check_lengths(options: Namespace, tokenizer: PreTrainedTokenizerBase, rows: Dataset, source: str) -> None:
@@ -24,23 +28,28 @@ def check_lengths(options: Namespace, tokenizer: PreTrainedTokenizerBase, rows: 
     room = options.max_seq_length - special - longest
     if room <= options.doc_stride:
         question = f"question {rows[where]['id']!r} in {source} takes {longest} tokens"
-        do = f"must be below {max(room, 0)}, or --max_seq_length at least {options.doc_stride + special + longest + 1}"
-        raise BadInput(f"--doc_stride: {question}: it {do}, got {options.doc_stride}")
+        enough = f"--max_seq_length at least {options.doc_stride + special + longest + 1}"
+        if room < 1:
+            raise BadInput(f"--max_seq_length: {question}, got {options.max_seq_length}; use {enough}")
+        raise BadInput(f"--doc_stride: {question}: it must be below {room}, or {enough}, got {options.doc_stride}")
 
 
 def training_windows(options: Namespace, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> Dataset:
     """With the tokens where the answer starts and ends; both are the first special token where it is not inside."""
+    encode = _encoder(options, tokenizer)
 
     def make(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        encoded, sources = _encode(options, tokenizer, batch)
+        encoded, sources = encode(batch)
         starts, ends = [], []
         for i, example in enumerate(sources):
             answers = batch["answers"][example]
             cls = _cls(tokenizer, encoded["input_ids"][i])
             place = None
             if answers["text"]:
-                first = answers["answer_start"][0]
-                place = _tokens_of(_context_offsets(encoded, i), first, first + len(answers["text"][0]))
+                text, first = answers["text"][0], answers["answer_start"][0]
+                bare = text.strip()  # no token holds the blanks around it
+                first += text.index(bare)
+                place = _tokens_of(_context_offsets(encoded, i), first, first + len(bare))
             starts.append(cls if place is None else place[0])
             ends.append(cls if place is None else place[1])
         return {**_inputs(tokenizer, encoded), "start_positions": starts, "end_positions": ends}
@@ -50,9 +59,10 @@ def training_windows(options: Namespace, tokenizer: PreTrainedTokenizerBase, row
 
 def validation_windows(options: Namespace, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> Dataset:
     """With the example each came from, and the characters that each token of the context stands for."""
+    encode = _encoder(options, tokenizer)
 
     def make(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
-        encoded, sources = _encode(options, tokenizer, batch)
+        encoded, sources = encode(batch)
         offsets = [_context_offsets(encoded, i).ravel() for i in range(len(sources))]
         return {
             **_inputs(tokenizer, encoded),
@@ -64,21 +74,25 @@ def validation_windows(options: Namespace, tokenizer: PreTrainedTokenizerBase, r
     return _mapped(options, rows, make, "cutting validation windows", with_indices=True)
 
 
-def _encode(
-    options: Namespace, tokenizer: PreTrainedTokenizerBase, batch: dict[str, list[Any]]
-) -> tuple[Any, list[int]]:
-    """The encoding of all windows, and the row of the batch that each came from."""
-    encoded = tokenizer(
-        [text.strip() for text in batch["question"]],
-        batch["context"],
-        truncation="only_second",
-        max_length=options.max_seq_length,
-        stride=options.doc_stride,
-        padding="max_length" if options.pad_to_max_length else False,
-        return_overflowing_tokens=True,
-        return_offsets_mapping=True,
-    )
-    return encoded, list(encoded["overflow_to_sample_mapping"])
+def _encoder(options: Namespace, tokenizer: PreTrainedTokenizerBase) -> Encode:
+    """Holds nothing but what changes the windows: other options must find them in the cache."""
+    length, stride = options.max_seq_length, options.doc_stride
+    padding = "max_length" if options.pad_to_max_length else False
+
+    def encode(batch: dict[str, list[Any]]) -> tuple[Any, list[int]]:
+        encoded = tokenizer(
+            [text.strip() for text in batch["question"]],
+            batch["context"],
+            truncation="only_second",
+            max_length=length,
+            stride=stride,
+            padding=padding,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        return encoded, list(encoded["overflow_to_sample_mapping"])
+
+    return encode
 
 
 def _inputs(tokenizer: PreTrainedTokenizerBase, encoded: Any) -> dict[str, list[Any]]:

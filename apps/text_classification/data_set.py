@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
@@ -123,8 +124,8 @@ def _text_columns(rows: Dataset) -> list[str]:
 
 def _labels(values: Sequence[Any], source: str) -> tuple[str, ...] | None:
     """The label names in order; None when they are real numbers."""
-    found = set(values)
     _no_gaps(values, source)
+    found = set(values)
     if all(isinstance(value, float) for value in found):
         return None
     if all(isinstance(value, int) for value in found) and found == set(range(len(found))):
@@ -140,6 +141,10 @@ def _no_gaps(values: Sequence[Any], source: str) -> None:
     for i, value in enumerate(values):
         if value is None or value != value:
             raise BadInput(f"{source}: row {i + 1} has no label, got {value}; fill or remove it")
+        if not isinstance(value, str | int | float):
+            raise BadInput(
+                f"{source}: the label of row {i + 1} must be a name or a number, got {value!r}; mend the row"
+            )
 
 
 def _numbers(task: Task, values: Sequence[Any], source: str) -> list[Any]:
@@ -151,7 +156,7 @@ def _numbers(task: Task, values: Sequence[Any], source: str) -> list[Any]:
     numbered = task.name != "custom" or task.labels[0].startswith("LABEL_")
     chosen = []
     for i, value in enumerate(values):
-        number = value if numbered and isinstance(value, int) else place.get(str(value), -1)
+        number = int(value) if numbered and isinstance(value, int) else place.get(str(value), -1)
         if not 0 <= number < len(task.labels):
             known = ", ".join(f"{i} {label}" for i, label in enumerate(task.labels))
             raise BadInput(
@@ -163,9 +168,12 @@ def _numbers(task: Task, values: Sequence[Any], source: str) -> list[Any]:
 
 def _real(value: Any, i: int, source: str) -> float:
     try:
-        return float(value)
+        number = float(value)
     except ValueError:
-        raise BadInput(f"{source}: the label of row {i + 1} must be a number, got {value!r}; mend the row") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadInput(f"{source}: the label of row {i + 1} must be a number, got {value!r}; mend the row")
+    return number
 
 
 def _tokenized(

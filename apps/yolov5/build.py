@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,7 @@ from torch import nn
 from apps.common.errors import BadInput
 from apps.common.pruning import read_recipe
 from apps.common.ranks import Ranks
-from apps.common.run_folder import safe_name
+from apps.common.run_folder import check_writable, safe_name
 from apps.yolov5 import ultralytics_adapter as adapter
 from apps.yolov5.arguments import TEMPERATURE
 from apps.yolov5.data_set import DataSet, TrainBatches, ValBatches, read_data
@@ -116,9 +115,7 @@ def _check(options: Namespace, ranks: Ranks) -> None:
         options.weights = "yolov5s.pt"  # YOLOv5's default
     options.weights = options.weights and adapter.checkpoint_file(options.weights)
     options.teacher_weights = options.teacher_weights and adapter.checkpoint_file(options.teacher_weights)
-    place = next(place for place in (options.project, *options.project.absolute().parents) if place.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise BadInput(f"--project: is no folder to write to, got {str(options.project)!r}; choose another")
+    check_writable(options.project, "--project")
     if options.batch_size % ranks.size:
         raise BadInput(
             f"--batch-size: counts all ranks and must divide by their number {ranks.size}, got {options.batch_size}"

@@ -6,7 +6,7 @@ import argparse
 from argparse import Namespace
 from pathlib import Path
 
-from apps.common.arguments import Parser, count, not_negative, positive
+from apps.common.arguments import Parser, count, not_negative, number, positive
 from apps.common.errors import BadInput
 
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -59,9 +59,9 @@ def cadence(text: str) -> str:
 
 
 def folder(text: str) -> str:
-    """An empty variable in a script must not begin a new run."""
+    """An empty variable in a script must not begin a new run, nor write into the working folder."""
     if not text:
-        raise argparse.ArgumentTypeError("must be a folder, got ''; without a value it is the latest in --output_dir")
+        raise argparse.ArgumentTypeError("must be a folder, got ''; leave the value or the option out")
     return text
 
 
@@ -80,7 +80,7 @@ def add_pruning(made: Parser) -> None:
     prune = made.add_argument_group("pruning")
     prune.add_argument("--do_prune", action="store_true", help="prune from --warm_epochs to --cooldown_epochs")
     prune.add_argument("--pruning_config", help="yaml (apps/common/recipes/4x1.yaml); the flags below win over it")
-    prune.add_argument("--target_sparsity", type=float, help="share of zeros in the layers that take part")
+    prune.add_argument("--target_sparsity", type=number, help="share of zeros in the layers that take part")
     prune.add_argument("--pruning_pattern", help="1x1, 4x1 or any NxM, 1xchannel, channelx1, 2:4 or any N:M")
     prune.add_argument("--pruning_type", help="snip_momentum, magnitude, ... (also _progressive); pattern_lock")
     prune.add_argument(
@@ -127,7 +127,7 @@ def add_training(made: Parser) -> None:
 
 def add_output(made: Parser, runs: str) -> None:
     place = made.add_argument_group("output")
-    place.add_argument("--output_dir", type=Path, help=f"(runs/{runs}/exp, exp2, ...)")
+    place.add_argument("--output_dir", type=lambda text: Path(folder(text)), help=f"(runs/{runs}/exp, exp2, ...)")
     place.add_argument("--overwrite_output_dir", action="store_true", help="write over the run that is in it")
     place.add_argument("--checkpointing_steps", type=cadence, help="save the whole state every N steps, or 'epoch'")
     place.add_argument(
@@ -156,8 +156,14 @@ def check(options: Namespace) -> None:
         )
     if options.dist_loss == "l2" and options.temperature != TEMPERATURE:
         raise BadInput(f"--temperature: l2 has none, got {options.temperature:g}; leave it out or use --dist_loss kl")
+    if options.pruning_type == "pattern_lock" and options.target_sparsity is not None:
+        raise BadInput(
+            f"--target_sparsity: pattern_lock keeps today's zeros, got {options.target_sparsity}; leave it out"
+        )
     if options.hub_model_id and not options.push_to_hub:
         raise BadInput(f"--hub_model_id: does nothing without --push_to_hub, got {options.hub_model_id}; add it")
+    if options.hub_token and not options.push_to_hub:
+        raise BadInput("--hub_token: does nothing without --push_to_hub, got a token; add it")
     if options.report_to != "all" and not options.with_tracking:
         raise BadInput(f"--report_to: does nothing without --with_tracking, got {options.report_to}; add it")
 

@@ -42,11 +42,12 @@ def start(app: App, options: Namespace, given: dict[str, Any], tokenizer: Any, r
     """The whole run, and its exit code. ``tokenizer()`` makes that of the embedded data; ``read_data`` is the app's."""
     try:
         run = build(app, options, given, tokenizer, read_data)
+        folder = results.open_folder(run)
     except BadInput as error:
         leave(str(error))
     with Interrupt() as interrupt:
         try:
-            return train(run, interrupt)
+            return train(run, folder, interrupt)
         finally:
             leave_group()
 
@@ -81,6 +82,8 @@ def _settled(app: App, options: Namespace, given: dict[str, Any]) -> tuple[Names
     if options.resume_from_checkpoint:
         saved = state.find(options, app.name)
         options = state.begun_with(options, given, saved)
+        if options.output_dir.resolve() != saved["folder"].parent.resolve():
+            results.check_folder(options.output_dir, overwrite=options.overwrite_output_dir)
     else:
         results.check_folder(options.output_dir, overwrite=options.overwrite_output_dir)
         options.command = card.command()
@@ -130,8 +133,10 @@ def _parts(app: App, options: Namespace, tokenizer: PreTrainedTokenizerBase, dat
     """What the run is made of, each checked against the others."""
     _defaults(options, app)
     model, new = _model(app, options, tokenizer, data)
-    check_length(model, tokenizer, getattr(options, app.length), f"--{app.length}")
     teacher = _teacher(app, options, model, tokenizer)
+    for who, each in (("the model", model), ("the teacher", teacher)):
+        if each is not None:
+            check_length(each, tokenizer, getattr(options, app.length), f"--{app.length}", who)
     batches = _train_batches(options, data)
     when = timeline(options, -(-len(batches) // ranks.size))
     if new and options.model_name_or_path:

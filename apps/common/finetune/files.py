@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 from pathlib import Path
@@ -24,11 +25,17 @@ def read_rows(path: str, option: str) -> Dataset:
         raise BadInput(f"{option}: must end with one of {', '.join(KINDS)}, got {path!r}; convert it")
     if not Path(path).stat().st_size:
         raise BadInput(f"{option}: is an empty file, got {path!r}")
-    more = {"sep": "\t"} if ending == "tsv" else {}
+    more: dict[str, Any] = {}
+    if KINDS[ending] == "csv":  # only what is empty is missing: "NA" and "None" are words
+        more = {"keep_default_na": False, "na_values": [""]}
+    if ending == "tsv":  # as GLUE's own files: a quote is a character
+        more |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
     try:
         rows = datasets.load_dataset(KINDS[ending], data_files={"rows": path}, split="rows", **more)
     except Exception as error:  # pandas, pyarrow and datasets each have their own
         cause = error.__cause__ or error
+        if "corresponds to no data" in str(cause):
+            raise BadInput(f"{option}: holds no rows, got {path!r}") from error
         message = " ".join(str(cause).split())[:200]
         raise BadInput(f"{option}: cannot be read as {ending} ({message}), got {path!r}") from error
     if not len(rows):

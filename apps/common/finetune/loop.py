@@ -20,9 +20,8 @@ from apps.common.run_folder import ResultsTable
 from pruning_core.distillation import Outputs
 
 
-def train(run: Run, interrupt: Interrupt) -> int:
+def train(run: Run, folder: Path, interrupt: Interrupt) -> int:
     options, ranks, progress, timeline = run.options, run.ranks, run.progress, run.timeline
-    folder = results.open_folder(run)
     table = ResultsTable(folder / "results.csv", progress.rows)
     results.introduce(run, folder)
     if run.pruner is not None and run.trained_head and not progress.step:

@@ -23,6 +23,8 @@ def load_tokenizer(name: str, option: str) -> PreTrainedTokenizerBase:
         raise BadInput(
             f"{option}: needs a fast tokenizer, got {type(tokenizer).__name__} in {name!r}; use another model"
         )
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what is made of a folder without one
+        raise BadInput(f"{option}: no tokenizer is in {name!r}; give one with --tokenizer_name")
     return tokenizer
 
 
@@ -44,7 +46,9 @@ def load_model(
     model, info = _loaded(load, name, option, "a model")
     mismatched = sorted(each[0] for each in info["mismatched_keys"])
     if mismatched and not new_sizes:
-        do = "add --ignore_mismatched_sizes to begin with a new head" if option.startswith("--model") else "use another"
+        head = not mismatched[0].startswith(model.base_model_prefix)
+        again = "add --ignore_mismatched_sizes to begin with a new head"
+        do = again if head and option.startswith("--model") else "use another model"
         raise BadInput(f"{option}: {mismatched[0]} has another size than these data need, got {name!r}; {do}")
     return model, sorted({*info["missing_keys"], *mismatched})
 
@@ -53,7 +57,7 @@ def _loaded(load: Callable[[dict[str, Any]], Any], name: str, option: str, what:
     source = {} if Path(name).exists() or hub.answers() else {"local_files_only": True}
     try:
         return load(source)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a damaged or foreign file leads to errors of many types
         if Path(name).exists():
             raise BadInput(
                 f"{option}: {name!r} does not hold {what} ({_first_line(error)}); give its folder"
@@ -76,11 +80,12 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         raise BadInput(f"--tokenizer_name: has {words} entries, the model {name!r} only {rows}; {do}")
 
 
-def check_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, option: str) -> None:
+def check_length(model: PreTrainedModel, tokenizer: Any, tokens: int, option: str, who: str) -> None:
     """Longer rows would ask for positions that the model does not have, in the middle of training."""
-    limit = min(getattr(model.config, "max_position_embeddings", None) or tokens, tokenizer.model_max_length)
+    positions = getattr(model.config, "max_position_embeddings", None) or tokens
+    limit = min(positions if positions > 0 else tokens, tokenizer.model_max_length)  # -1: as many as there are
     if tokens > limit:
-        raise BadInput(f"{option}: the model reads at most {limit} tokens, got {tokens}; lower it")
+        raise BadInput(f"{option}: {who} reads at most {limit} tokens, got {tokens}; lower it")
 
 
 def load_teacher(kind: Any, name: str, option: str, student: PreTrainedModel, tokenizer: Any) -> PreTrainedModel:
@@ -94,11 +99,24 @@ def load_teacher(kind: Any, name: str, option: str, student: PreTrainedModel, to
             raise BadInput(
                 f"{option}: its tokenizer has other words, got {name!r}; use a teacher with the same tokenizer"
             )
+    names = label_names(student.config), label_names(config)
+    if names[0] != names[1] and sorted(names[0]) == sorted(names[1]):
+        ours, others = (", ".join(each) for each in names)
+        raise BadInput(
+            f"{option}: its labels are in another order than {ours}, got {others} in {name!r}; use another teacher"
+        )
     teacher, new = load_model(kind, name, option, config=config)
     if new:
         do = "train it on this task first, or give a teacher that was"
         raise BadInput(f"{option}: is no trained teacher: {new[0]} is not in {name!r}; {do}")
     return teacher.requires_grad_(False).eval()
+
+
+def label_names(config: PretrainedConfig) -> list[str]:
+    """In the order of their numbers; those that Transformers invents say nothing, and are left out."""
+    named: dict[Any, str] = dict(config.id2label or {})
+    names = [str(named[i]) for i in sorted(named)]
+    return [] if all(name.startswith("LABEL_") for name in names) else names
 
 
 def _compare(option: str, name: str, what: str, theirs: int | None, ours: int | None) -> None:

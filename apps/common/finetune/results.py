@@ -25,7 +25,7 @@ from apps.common.results import (
     text_table,
     write_report,
 )
-from apps.common.run_folder import ResultsTable, new_folder
+from apps.common.run_folder import ResultsTable, check_writable, new_folder
 from apps.common.yaml_file import write_yaml
 from pruning_core.checkpoint import write_atomically
 
@@ -35,10 +35,9 @@ ARGUMENTS = "args.yaml"
 
 def check_folder(folder: Path | None, *, overwrite: bool) -> None:
     """A folder with a run in it is written over only when asked."""
+    check_writable(folder or Path("runs"), "--output_dir")
     if folder is None:
         return
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"--output_dir: is a file, got {str(folder)!r}; choose another")
     if not overwrite and any((folder / name).exists() for name in (ARGUMENTS, RESULTS, "config.json")):
         do = "choose another, add --overwrite_output_dir, or go on with --resume_from_checkpoint"
         raise BadInput(f"--output_dir: holds a run already, got {str(folder)!r}; {do}")
@@ -50,21 +49,31 @@ def open_folder(run: Run) -> Path:
     given = options.output_dir
     if given is None:
         given = new_folder(Path("runs") / run.app.name, "exp", exist_ok=False) if ranks.first else None
-    folder = Path(ranks.from_first(given))
-    options.output_dir = folder
+    options.output_dir = folder = Path(ranks.from_first(given))
+    mistake = None
     if ranks.first:
-        if not options.resume_from_checkpoint:
-            for old in folder.glob(f"*/{STATE}"):  # of the run that is written over
-                shutil.rmtree(old.parent)
-        folder.mkdir(parents=True, exist_ok=True)
-        settings = {name: plain(value) for name, value in vars(options).items() if name != "hub_token"}
-        write_yaml(folder / ARGUMENTS, settings)
-        if run.pruner is not None:
-            write_yaml(folder / "pruning_config.yaml", run.pruner.config.to_dict())
+        try:
+            _write_settings(run, folder)
+        except OSError as error:
+            mistake = f"--output_dir: cannot be written ({error.strerror}), got {str(folder)!r}; choose another"
+    mistake = ranks.from_first(mistake)
+    if mistake is not None:
+        raise BadInput(mistake)
     if options.with_tracking:
         settings = {name: value for name, value in vars(options).items() if isinstance(value, str | int | float | bool)}
         run.accelerator.init_trackers(run.app.name, {**settings, "hub_token": ""})
     return folder
+
+
+def _write_settings(run: Run, folder: Path) -> None:
+    if not run.options.resume_from_checkpoint:
+        for old in folder.glob(f"*/{STATE}"):  # of the run that is written over
+            shutil.rmtree(old.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {name: plain(value) for name, value in vars(run.options).items() if name != "hub_token"}
+    write_yaml(folder / ARGUMENTS, settings)
+    if run.pruner is not None:
+        write_yaml(folder / "pruning_config.yaml", run.pruner.config.to_dict())
 
 
 def introduce(run: Run, folder: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 from argparse import Namespace
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from pruning_core import CheckpointError, checkpoint
 STATE = "state.pt"
 OPTION = "--resume_from_checkpoint"
 SECRET = ("hub_token",)
+COMMON = ("app", "ranks", "sharded", "precision", "options", "data", "recipe", "scheduler", "scaler", "progress")
+WEIGHTS = ("model", "optimizer", "pruner")
 
 
 def save(run: Run, folder: Path) -> None:
@@ -90,10 +93,16 @@ def find(options: Namespace, app: str) -> dict[str, Any]:
             f"{OPTION}: no checkpoint, got {str(folder)!r}; give a folder such as step_100 that holds {STATE}"
         )
     state = _read(folder / STATE)
-    missing = {"app", "options", "progress", "ranks", "recipe"} - state.keys()
-    if missing or state["app"] != app:
+    if state.get("app") != app:
         raise BadInput(f"{OPTION}: no state of a {app} run, got {str(folder / STATE)!r}")
+    _complete(state, COMMON if state.get("sharded") else {*COMMON, *WEIGHTS}, folder / STATE)
     return {**state, "folder": folder}
+
+
+def _complete(state: dict[str, Any], keys: Collection[str], path: Path) -> None:
+    missing = sorted(set(keys) - state.keys())
+    if missing:
+        raise BadInput(f"{OPTION}: is damaged, {missing[0]!r} is missing, got {str(path)!r}; use an earlier checkpoint")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -107,7 +116,7 @@ def begun_with(options: Namespace, given: dict[str, Any], state: dict[str, Any])
     """The options of the checkpoint; the run goes on in the folder that the checkpoint lies in."""
     saved = {name: value for name, value in state["options"].items() if name not in ("resume_from_checkpoint",)}
     merged = saved_options(options, given, saved, may_change=MAY_CHANGE, without=OPTION)
-    merged.output_dir = Path(given["output_dir"]) if "output_dir" in given else state["folder"].parent
+    merged.output_dir = given.get("output_dir", state["folder"].parent)
     merged.resume_from_checkpoint = str(state["folder"])
     return merged
 
@@ -135,22 +144,24 @@ def load(run: Run, state: dict[str, Any]) -> None:
     path = state["folder"] / f"rank_{run.ranks.rank}.pt"
     same = state["ranks"] == run.ranks.size
     own = _read(path) if same else {"sums": {}}
+    if same:
+        _complete(own, {"rng", "sums", *(WEIGHTS if state["sharded"] else ())}, path)
     held = own if state["sharded"] else state
     try:
         run.bare.load_state_dict(held["model"])
         run.optimizer.optimizer.load_state_dict(held["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        message = " ".join(str(error).split())[:300]
+        run.scheduler.load_state_dict(state["scheduler"])
+        run.progress = Progress(**state["progress"])
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise BadInput(f"{OPTION}: is of another model ({message}), got {str(state['folder'])!r}") from error
     try:
         if run.pruner is not None:
             run.pruner.load_state_dict(held["pruner"])
     except ValueError as error:
         raise BadInput(f"{OPTION}: {error}") from error
-    run.scheduler.load_state_dict(state["scheduler"])
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
-    run.progress = Progress(**state["progress"])
     run.sums = {name: value.to(run.ranks.device) for name, value in own["sums"].items()}
     if same:
         checkpoint.load_rng_state(own["rng"])

@@ -50,6 +50,11 @@ def timeline(options: Namespace, batches: int) -> Timeline:
     """Checked: some steps must be left between the warm epochs and the cooldown."""
     per_epoch = math.ceil(batches / options.gradient_accumulation_steps)
     steps = options.max_train_steps or options.num_train_epochs * per_epoch
+    if options.num_warmup_steps >= steps:
+        do = "lower it, or the full rate is never reached"
+        raise BadInput(
+            f"--num_warmup_steps: must be below the {steps} optimizer steps, got {options.num_warmup_steps}; {do}"
+        )
     epochs = steps / per_epoch
     cooldown = epochs / 2 if options.cooldown_epochs is None else options.cooldown_epochs
     if options.do_prune and options.warm_epochs + cooldown >= epochs:
