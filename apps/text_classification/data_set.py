@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from argparse import Namespace
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from apps.common.errors import BadInput
 from apps.common.finetune.files import digest, first_rows, from_hub, read_rows
 from apps.common.finetune.run import Data, Run
+from apps.text_classification.labels import label_names, label_numbers
 from apps.text_classification.tasks import TASKS, Task, compute_metrics, custom_task
 from data import sentences
 
@@ -104,7 +103,7 @@ def _task(options: Namespace, splits: Splits) -> Task:
         task = TASKS[options.task_name]
     else:
         source, rows = splits[0]
-        task = custom_task(_text_columns(rows), _labels(rows[LABEL], source))
+        task = custom_task(_text_columns(rows), label_names(rows[LABEL], source))
     for source, rows in splits:
         for column in task.columns:
             if column not in rows.column_names:
@@ -122,64 +121,10 @@ def _text_columns(rows: Dataset) -> list[str]:
     ]
 
 
-def _labels(values: Sequence[Any], source: str) -> tuple[str, ...] | None:
-    """The label names in order; None when they are real numbers."""
-    _no_gaps(values, source)
-    found = set(values)
-    if all(isinstance(value, float) for value in found):
-        return None
-    if all(isinstance(value, int) for value in found) and found == set(range(len(found))):
-        return tuple(f"LABEL_{i}" for i in range(len(found)))  # as Transformers calls them
-    return tuple(str(value) for value in sorted(found, key=str if _mixed(found) else None))
-
-
-def _mixed(found: set[Any]) -> bool:
-    return len({type(value) for value in found}) > 1
-
-
-def _no_gaps(values: Sequence[Any], source: str) -> None:
-    for i, value in enumerate(values):
-        if value is None or value != value:
-            raise BadInput(f"{source}: row {i + 1} has no label, got {value}; fill or remove it")
-        if not isinstance(value, str | int | float):
-            raise BadInput(
-                f"{source}: the label of row {i + 1} must be a name or a number, got {value!r}; mend the row"
-            )
-
-
-def _numbers(task: Task, values: Sequence[Any], source: str) -> list[Any]:
-    """Labels as the model takes them: numbers of the list, or for a regression themselves."""
-    _no_gaps(values, source)
-    if task.labels is None:
-        return [_real(value, i, source) for i, value in enumerate(values)]
-    place = {label: i for i, label in enumerate(task.labels)}
-    numbered = task.name != "custom" or task.labels[0].startswith("LABEL_")
-    chosen = []
-    for i, value in enumerate(values):
-        number = int(value) if numbered and isinstance(value, int) else place.get(str(value), -1)
-        if not 0 <= number < len(task.labels):
-            known = ", ".join(f"{i} {label}" for i, label in enumerate(task.labels))
-            raise BadInput(
-                f"{source}: the label of row {i + 1} is not in the list ({known}), got {value!r}; mend the row"
-            )
-        chosen.append(number)
-    return chosen
-
-
-def _real(value: Any, i: int, source: str) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise BadInput(f"{source}: the label of row {i + 1} must be a number, got {value!r}; mend the row")
-    return number
-
-
 def _tokenized(
     options: Namespace, tokenizer: PreTrainedTokenizerBase, task: Task, source: str, rows: Dataset
 ) -> Dataset:
-    labels = _numbers(task, rows[LABEL], source)
+    labels = label_numbers(task, rows[LABEL], source)
     for column in task.columns:
         for i, text in enumerate(rows[column]):
             if not isinstance(text, str):

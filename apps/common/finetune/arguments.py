@@ -12,6 +12,7 @@ from apps.common.errors import BadInput
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 DEFAULT_RECIPE = Path(__file__).parents[1] / "recipes/4x1.yaml"
 TEMPERATURE = 2.0
+FEATURES = 2.0
 HALF = 0.5
 GONE = {
     "--use_slow_tokenizer": "tokenizers are fast ones; leave it out",
@@ -105,7 +106,9 @@ def add_pruning(made: Parser) -> None:
     )
     learn.add_argument("--temperature", type=positive, default=TEMPERATURE, help="of kl (2)")
     learn.add_argument(
-        "--feature_weight", type=not_negative, default=0.0, help="weight of the l2 term on hidden states beside it (0)"
+        "--feature_weight",
+        type=not_negative,
+        help="weight of an l2 term on the hidden states beside it (2; 0 for a teacher of another size)",
     )
 
 
@@ -169,7 +172,7 @@ def check(options: Namespace) -> None:
 
 
 def _useless(options: Namespace, names: tuple[str, ...], switch: str, add: str) -> None:
-    defaults = {"warm_epochs": 0.0, "distill_loss_weight": HALF, "temperature": TEMPERATURE, "feature_weight": 0.0}
+    defaults = {"warm_epochs": 0.0, "distill_loss_weight": HALF, "temperature": TEMPERATURE}
     for name in names:
         value = getattr(options, name)
         if value not in (None, "", defaults.get(name)):

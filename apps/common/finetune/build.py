@@ -14,11 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from apps.common.arguments import leave
 from apps.common.errors import BadInput
 from apps.common.finetune import card, hub, processes, results, state
-from apps.common.finetune.arguments import DEFAULT_RECIPE, RECIPE_FLAGS, check
+from apps.common.finetune.arguments import DEFAULT_RECIPE, FEATURES, RECIPE_FLAGS, check
 from apps.common.finetune.loop import train
 from apps.common.finetune.model import (
     check_length,
     check_vocabulary,
+    label_names,
     load_config,
     load_model,
     load_teacher,
@@ -162,11 +163,14 @@ def _model(
                 "--model_name_or_path: is missing; the tiny random BERT knows the words of the embedded data only"
             )
         return app.kind.from_config(tiny_bert(len(tokenizer), **data.config)), ["all"]
+    before = label_names(load_config(name, "--model_name_or_path"))
     config = load_config(name, "--model_name_or_path", **data.config)
     model, new = load_model(
         app.kind, name, "--model_name_or_path", config=config, new_sizes=options.ignore_mismatched_sizes
     )
     check_vocabulary(model, tokenizer, name)
+    if before != label_names(config) and sorted(before) == sorted(label_names(config)):
+        new.append(f"the order of its labels, which was {', '.join(before)}")
     return model, new
 
 
@@ -177,6 +181,8 @@ def _teacher(app: App, options: Namespace, model: PreTrainedModel, tokenizer: An
     option = "--teacher_model_name_or_path" if options.teacher_model_name_or_path else "--model_name_or_path"
     teacher = load_teacher(app.kind, name, option, model, tokenizer)
     sizes = [(each.config.num_hidden_layers, each.config.hidden_size) for each in (model, teacher)]
+    if options.feature_weight is None:
+        options.feature_weight = FEATURES if sizes[0] == sizes[1] else 0.0
     if options.feature_weight and sizes[0] != sizes[1]:
         do = "leave it out, or use a teacher of the student's size"
         raise BadInput(

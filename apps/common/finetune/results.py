@@ -98,7 +98,10 @@ def introduce(run: Run, folder: Path) -> None:
             ranks.say(f"pruning {goal} of {what}: steps {start} to {end} every {group.options.pruning_frequency}")
     if run.distillation is not None:
         teacher = options.teacher_model_name_or_path or options.model_name_or_path
-        ranks.say(f"learning from {teacher}: {options.dist_loss}, {options.distill_loss_weight:.0%} of the loss")
+        what = f"{options.dist_loss} of the logits"
+        if options.feature_weight:
+            what += f" and l2 of the hidden states (x{options.feature_weight:g})"
+        ranks.say(f"learning from {teacher}: {what}, {options.distill_loss_weight:.0%} of the loss")
 
 
 def scores_of(run: Run, metrics: dict[str, float]) -> str:
