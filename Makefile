@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 UV := $(shell command -v uv || echo .uv/bin/uv)
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: demo quickstart test check fast format bench clean
+.PHONY: demo demo-text demo-qa quickstart test check fast format bench clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.ready: requirements.txt
@@ -26,6 +26,24 @@ demo: $(VENV)/.ready  ## train a small YOLOv5 on two processes, prune 80% of it 
 	@echo "--- 2 of 2: pruning, learning from the dense model as well"
 	$(TRAIN) $(DEMO) --weights runs/demo/dense/weights/best.pt --name sparse --do_prune \
 		--pruning_config apps/yolov5/recipes/4x1.yaml --dist_loss kl --epochs 14 --cooldown_epochs 6
+
+TEXT := $(PY) apps/text_classification/train_prune.py
+QA := $(PY) apps/qa/train_prune.py
+SPARSE := --do_prune --dist_loss kl --per_device_train_batch_size 32 --learning_rate 1e-3 --overwrite_output_dir
+
+demo-text: export OMP_NUM_THREADS := 1
+demo-text: $(VENV)/.ready  ## a tiny BERT learns film reviews, then loses 80% of its encoder
+	@echo "--- 1 of 2: dense training"
+	$(TEXT) --output_dir runs/demo/text-dense --overwrite_output_dir
+	@echo "--- 2 of 2: pruning, learning from the dense model as well"
+	$(TEXT) --output_dir runs/demo/text-sparse --model_name_or_path runs/demo/text-dense $(SPARSE) --num_train_epochs 4
+
+demo-qa: export OMP_NUM_THREADS := 1
+demo-qa: $(VENV)/.ready  ## a tiny BERT learns to find answers, then loses 80% of its encoder
+	@echo "--- 1 of 2: dense training"
+	$(QA) --output_dir runs/demo/qa-dense --overwrite_output_dir
+	@echo "--- 2 of 2: pruning, learning from the dense model as well"
+	$(QA) --output_dir runs/demo/qa-sparse --model_name_or_path runs/demo/qa-dense $(SPARSE) --num_train_epochs 6
 
 quickstart: $(VENV)/.ready  ## the same idea on one page: train a small classifier, prune it, print what became zero
 	$(PY) apps/quickstart/train_prune.py
@@ -50,4 +68,4 @@ bench: $(VENV)/.ready  ## cost of the engine beside AdamW.step
 	$(PY) -m benchmarks.engine
 
 clean:
-	rm -rf $(VENV) .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis runs datasets/shapes
+	rm -rf $(VENV) .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis runs datasets

@@ -114,7 +114,7 @@ def add_pruning(made: Parser) -> None:
 
 def add_training(made: Parser) -> None:
     loop = made.add_argument_group("training")
-    loop.add_argument("--per_device_train_batch_size", type=count(1), default=8, help="per rank (8)")
+    loop.add_argument("--per_device_train_batch_size", type=count(1), help="per rank (8; 32 for the tiny random BERT)")
     loop.add_argument("--per_device_eval_batch_size", type=count(1), default=8, help="per rank (8)")
     loop.add_argument("--learning_rate", type=positive, help="highest (5e-5; 1e-3 for the tiny random BERT)")
     loop.add_argument("--weight_decay", type=not_negative, default=0.0, help="not of biases and norms (0)")
@@ -123,7 +123,9 @@ def add_training(made: Parser) -> None:
     loop.add_argument("--max_train_steps", type=count(1), help="optimizer steps, in place of --num_train_epochs")
     loop.add_argument("--gradient_accumulation_steps", type=count(1), default=1, help="batches per step (1)")
     loop.add_argument("--lr_scheduler_type", choices=SCHEDULERS, default="linear", help="(linear)")
-    loop.add_argument("--num_warmup_steps", type=count(0), default=0, help="of the learning rate (0)")
+    loop.add_argument(
+        "--num_warmup_steps", type=count(0), help="of the learning rate (0; a tenth for the tiny random BERT)"
+    )
     loop.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), help="(what accelerate is configured to)")
     loop.add_argument("--seed", type=count(0, 2**32 - 1), default=0, help="(0)")
 

@@ -35,8 +35,8 @@ from pruning_core import WeightPruningConfig
 from pruning_core.distillation import LogitDistillation
 
 ReadData = Callable[[Namespace, PreTrainedTokenizerBase], Data]
-LEARNING_RATE, FROM_RANDOM = 5e-5, 1e-3
-EPOCHS = 3
+DEFAULTS = {"learning_rate": 5e-5, "num_train_epochs": 3, "per_device_train_batch_size": 8}
+FROM_RANDOM = {"learning_rate": 1e-3, "per_device_train_batch_size": 32}
 
 
 def start(app: App, options: Namespace, given: dict[str, Any], tokenizer: Any, read_data: ReadData) -> int:
@@ -146,11 +146,11 @@ def _parts(app: App, options: Namespace, tokenizer: PreTrainedTokenizerBase, dat
 
 
 def _defaults(options: Namespace, app: App) -> None:
-    random = not options.model_name_or_path
-    if options.learning_rate is None:
-        options.learning_rate = FROM_RANDOM if random else LEARNING_RATE
-    if options.num_train_epochs is None:
-        options.num_train_epochs = app.epochs if random else EPOCHS
+    """What was not given. The tiny random BERT learns from nothing, and needs more."""
+    defaults = {**FROM_RANDOM, "num_train_epochs": app.epochs} if not options.model_name_or_path else DEFAULTS
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
 
 
 def _model(

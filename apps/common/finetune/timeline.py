@@ -50,6 +50,8 @@ def timeline(options: Namespace, batches: int) -> Timeline:
     """Checked: some steps must be left between the warm epochs and the cooldown."""
     per_epoch = math.ceil(batches / options.gradient_accumulation_steps)
     steps = options.max_train_steps or options.num_train_epochs * per_epoch
+    if options.num_warmup_steps is None:
+        options.num_warmup_steps = 0 if options.model_name_or_path else steps // 10
     if options.num_warmup_steps >= steps:
         do = "lower it, or the full rate is never reached"
         raise BadInput(
