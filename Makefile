@@ -29,7 +29,7 @@ demo: $(VENV)/.ready  ## train a small YOLOv5 on two processes, prune 80% of it 
 
 TEXT := $(PY) apps/text_classification/train_prune.py
 QA := $(PY) apps/qa/train_prune.py
-SPARSE := --do_prune --dist_loss kl --per_device_train_batch_size 32 --learning_rate 1e-3 --overwrite_output_dir
+SPARSE := --do_prune --dist_loss kl --per_device_train_batch_size 32 --learning_rate 2e-3 --overwrite_output_dir
 
 demo-text: export OMP_NUM_THREADS := 1
 demo-text: $(VENV)/.ready  ## a tiny BERT learns film reviews, then loses 80% of its encoder
