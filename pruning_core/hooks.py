@@ -41,8 +41,11 @@ class Clock:
             self._skipped = None
         return self._finished
 
-    def begin(self, step: int | None) -> None:
-        """A (micro-)batch begins; the caller may say which step it belongs to."""
+    def begin(self, step: int | None, settled: bool = False) -> None:
+        """A (micro-)batch begins; the caller may say which step it belongs to.
+
+        ``settled``: no gradient is looked at any more. A step that comes again was skipped, and nobody noticed.
+        """
         if step is None:
             return
         if isinstance(step, bool) or not hasattr(step, "__index__") or step.__index__() < 0:
@@ -50,7 +53,7 @@ class Clock:
         step = step.__index__()
         if self._given is not None:
             current = self._offset + self._given
-            if step < self._given or (step == self._given and self.now > current):
+            if step < self._given or (step == self._given and self.now > current and not settled):
                 self._restart(step, current + 1)
         self._given, self._skipped = step, None
         self._finished = self._offset + step

@@ -1,5 +1,6 @@
 """Code in the documents runs, links lead somewhere, commands work."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -61,7 +62,8 @@ def run(*command, cwd=ROOT):
 def commands(page, script):
     """The command lines of a page that call a script, continuation lines joined, without the comments."""
     text = page.read_text().replace("\\\n", " ")
-    return re.findall(rf"^(?:python|torchrun [^\n]*?) ?{re.escape(script)} (.*)$", text, re.MULTILINE)
+    started = r"(?:\w+=\S+ )*(?:python|torchrun[^\n]*?|accelerate launch[^\n]*?)"
+    return re.findall(rf"^{started} ?{re.escape(script)} (.*)$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -76,6 +78,31 @@ def test_yolov5_commands_have_known_options_and_files(page):
 
 def test_the_yolov5_commands_are_found():
     assert len(commands(ROOT / "apps/yolov5/README.md", "apps/yolov5/train_prune.py")) >= 4
+
+
+@pytest.mark.parametrize("app", ["text_classification", "qa"])
+def test_commands_of_the_text_apps_have_known_options_and_files(app):
+    parser = importlib.import_module(f"apps.{app}.arguments").parser
+    found = [command for page in PAGES for command in commands(page, f"apps/{app}/train_prune.py")]
+    assert len(found) >= 2
+    for command in found:
+        options = parser().parse_args(command.replace("...", "").split())
+        assert options.pruning_config is None or (ROOT / options.pruning_config).exists(), command
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("demo", ["demo-text", "demo-qa"])
+def test_the_text_demos_in_short(demo, tmp_path):
+    """Their commands, on fewer rows and for an epoch."""
+    shown = subprocess.run(["make", "-n", demo], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    lines = [line for line in shown.replace("\\\n", " ").splitlines() if ".py " in line]
+    assert len(lines) == 2
+    for line in lines:
+        line = re.sub(r" --num_train_epochs \d+", "", line.replace("runs/demo", str(tmp_path)))
+        short = ["--max_train_samples", "96", "--max_eval_samples", "32", "--num_train_epochs", "1"]
+        done = run(*line.split()[1:], *short)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"sparse .* 80\.00% +(80\.00|79\.9\d)%", done.stdout), done.stdout
 
 
 @pytest.mark.slow

@@ -45,6 +45,9 @@ class ResultsTable:
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append({name: _short(value) for name, value in row.items()})
+        self.write()
+
+    def write(self) -> None:
         columns = list(dict.fromkeys(name for each in self.rows for name in each))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")

@@ -130,7 +130,7 @@ class Pruning:
     def on_step_begin(self, local_step: int | None = None) -> None:
         """Before the forward pass. ``local_step``, when given, is the clock; otherwise finished steps are counted."""
         self._check_began("on_step_begin")
-        self._clocks[None].begin(local_step)
+        self._clocks[None].begin(local_step, settled=all(group.done for group in self.groups))
         self._advance()
 
     def on_before_optimizer_step(self) -> None:

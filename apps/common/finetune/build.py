@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -62,7 +63,8 @@ def build(app: App, options: Namespace, given: dict[str, Any], tokenizer: Any, r
         card.check_hub(options)
         recipe = _recipe(options, saved)
         words = _tokenizer(options, tokenizer)
-    data = _in_turn(ranks, lambda: read_data(options, words))
+    used = copy.deepcopy(words)  # it remembers how it cut: what is saved with the model does not
+    data = _in_turn(ranks, lambda: read_data(options, used))
     with ranks.together():
         if saved:
             state.check_same(saved, data.identity, accelerator)
@@ -214,11 +216,10 @@ def _prepared(
     processes.seed_dropout(options, ranks)
     processes.choose_units(accelerator, parts.model)
     architecture, optimizer = type(parts.model).__name__, _optimizer(options, parts.model, accelerator.device)
-    prepared = accelerator.prepare(parts.model, optimizer, parts.batches, *data.validation.values())
     # The schedule counts the optimizer steps that were made, on any number of ranks: Accelerate's own would step once
     # per rank, and also where a fused optimizer skips.
-    torch_optimizer, steps = prepared[1].optimizer, parts.when.steps
-    scheduler = get_scheduler(options.lr_scheduler_type, torch_optimizer, options.num_warmup_steps, steps)
+    scheduler = get_scheduler(options.lr_scheduler_type, optimizer, options.num_warmup_steps, parts.when.steps)
+    prepared = accelerator.prepare(parts.model, optimizer, parts.batches, *data.validation.values())
     return Run(
         app=app,
         options=options,

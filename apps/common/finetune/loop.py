@@ -28,6 +28,10 @@ def train(run: Run, folder: Path, interrupt: Interrupt) -> int:
         progress.dense = evaluate(run)
         ranks.say(f"dense: {results.scores_of(run, progress.dense)}")
     began = time.monotonic() - progress.seconds
+    if progress.step == timeline.steps and not progress.batch:  # from a checkpoint of the end: only files are missing
+        evaluate(run)
+        if ranks.first:
+            table.write()
 
     while progress.step < timeline.steps:
         finished = one_epoch(run, interrupt, folder, began)
@@ -78,7 +82,8 @@ def one_epoch(run: Run, interrupt: Interrupt, folder: Path, began: float) -> boo
                 run.optimizer.step()
                 if pruner is not None:
                     pruner.on_after_optimizer_step()
-                if not processes.skipped(accelerator, scale):
+                made = not processes.skipped(accelerator, scale)
+                if made:
                     run.scheduler.step()
                     progress.step += 1
                 run.optimizer.zero_grad()
@@ -89,7 +94,7 @@ def one_epoch(run: Run, interrupt: Interrupt, folder: Path, began: float) -> boo
             bar.set_description_str(results.status(run, shown - began))
         if progress.step == timeline.steps:
             break
-        if cadence and cadence != "epoch" and progress.step % int(cadence) == 0:
+        if made and cadence and cadence != "epoch" and progress.step % int(cadence) == 0:
             progress.seconds = time.monotonic() - began
             check_loss(run)
             state.save(run, folder / f"step_{progress.step}")
@@ -134,7 +139,7 @@ def end_of_epoch(run: Run, table: ResultsTable, began: float) -> None:
     if run.ranks.first:
         table.add(row)
         progress.rows = table.rows
-        done = progress.step / run.timeline.steps
+        done = max(progress.step, 1) / run.timeline.steps
         run.ranks.say(results.epoch_line(run, row, progress.seconds * (1 / done - 1)))
     if run.options.with_tracking:
         run.accelerator.log({name: value for name, value in row.items() if name != "epoch"}, step=progress.step)

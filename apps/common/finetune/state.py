@@ -45,8 +45,10 @@ def save(run: Run, folder: Path) -> None:
         checkpoint.save(_common(run), temporary / STATE)
     run.accelerator.wait_for_everyone()
     if ranks.first:
-        shutil.rmtree(folder, ignore_errors=True)  # of the same step: it holds the same
-        temporary.rename(folder)
+        if not folder.exists():
+            temporary.rename(folder)
+        else:  # of the same step: it holds the same
+            shutil.rmtree(temporary)
     run.accelerator.wait_for_everyone()
 
 
@@ -132,20 +134,15 @@ def check_same(state: dict[str, Any], identity: dict[str, Any], accelerator: Acc
         raise BadInput(f"--mixed_precision: this run was begun in {state['precision']}, got {now}; keep it")
     if state["sharded"] != processes.sharded(accelerator):
         raise BadInput(f"{OPTION}: under FSDP2 a run goes on under FSDP2 only, and without it only without")
-    size = accelerator.num_processes
-    if state["sharded"] and state["ranks"] != size:
-        raise BadInput(
-            f"{OPTION}: begun on {state['ranks']} ranks, each with its part of the weights, got {size}; use as many"
-        )
+    if state["ranks"] != accelerator.num_processes:  # the number of steps an epoch is another one
+        raise BadInput(f"{OPTION}: begun on {state['ranks']} ranks, got {accelerator.num_processes}; use as many")
 
 
 def load(run: Run, state: dict[str, Any]) -> None:
-    """Puts everything back. On another number of ranks the run goes on, but is not the same to the bit."""
+    """Puts everything back."""
     path = state["folder"] / f"rank_{run.ranks.rank}.pt"
-    same = state["ranks"] == run.ranks.size
-    own = _read(path) if same else {"sums": {}}
-    if same:
-        _complete(own, {"rng", "sums", *(WEIGHTS if state["sharded"] else ())}, path)
+    own = _read(path)
+    _complete(own, {"rng", "sums", *(WEIGHTS if state["sharded"] else ())}, path)
     held = own if state["sharded"] else state
     try:
         run.bare.load_state_dict(held["model"])
@@ -163,9 +160,4 @@ def load(run: Run, state: dict[str, Any]) -> None:
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.sums = {name: value.to(run.ranks.device) for name, value in own["sums"].items()}
-    if same:
-        checkpoint.load_rng_state(own["rng"])
-    else:
-        run.ranks.say(
-            f"{OPTION}: begun on {state['ranks']} ranks, goes on on {run.ranks.size}: not the same to the bit"
-        )
+    checkpoint.load_rng_state(own["rng"])
