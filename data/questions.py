@@ -203,7 +203,7 @@ def _write(file: Path, content: dict[str, Any]) -> str:
     """One line that says what the file holds."""
     from pruning_core.checkpoint import write_atomically  # brings torch, which whoever only wants rows does without
 
-    write_atomically(file, lambda out: out.write(json.dumps(content, indent=1).encode()))
+    write_atomically(file, lambda out: out.write(json.dumps(content).encode()))
     paragraphs = [paragraph for article in content["data"] for paragraph in article["paragraphs"]]
     rows = [row for paragraph in paragraphs for row in paragraph["qas"]]
     without = sum(not row["answers"] for row in rows)
