@@ -314,7 +314,7 @@ def test_losses_are_means_over_the_batches(place, tmp_path, monkeypatch):
 def test_without_data_and_model_it_trains_the_embedded_ones(app, tmp_path, live):
     few = {"max_train_samples": 16, "max_eval_samples": 8, "learning_rate": None}
     assert apps.main(app, apps.arguments(None, None, tmp_path / "out", "--do_prune", **few)) == 0
-    assert live.run.data.embedded and live.run.options.learning_rate == 1e-3
+    assert live.run.data.embedded and live.run.options.learning_rate == build.FROM_RANDOM["learning_rate"]
     assert live.steps == 2 and "dense_f1" not in summary(tmp_path / "out")
     assert summary(tmp_path / "out")["sparsity"] == pytest.approx(0.8, abs=1e-3)
 
@@ -730,3 +730,9 @@ def test_a_skipped_step_saves_nothing(place, tmp_path, monkeypatch, half):
 
 def test_fp16_trains_without_a_warning(place, tmp_path, half):
     assert apps.main("qa", words(place, "qa", tmp_path / "out")) == 0
+
+
+def test_weights_that_are_not_finite_after_the_last_step_are_noticed(place, tmp_path, monkeypatch):
+    """Without a scaler: the loss of the last batch is finite, its gradients are not."""
+    with_infinite_gradients(monkeypatch, 11)
+    assert apps.main("qa", words(place, "qa", tmp_path / "out")) == 2

@@ -100,6 +100,12 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
 
 
+def finite(model: nn.Module) -> bool:
+    """Of what this rank holds."""
+    held = (each.to_local() if isinstance(each, DTensor) else each for each in model.parameters())
+    return all(bool(each.isfinite().all()) for each in held)
+
+
 def precision(accelerator: Accelerator) -> str:
     return {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
 
