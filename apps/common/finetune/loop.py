@@ -149,7 +149,8 @@ def end_of_epoch(run: Run, table: ResultsTable, began: float) -> None:
 def check_loss(run: Run) -> None:
     """And the weights: the loss does not tell what the last step has made of them."""
     bad = [name for name, value in run.sums.items() if not torch.isfinite(value)]
-    bad += ["weights"] if not processes.finite(run.model) else []
+    if not bad and not processes.finite(run.model):
+        bad = ["weights"]
     if run.ranks.any(bool(bad)):
         do = "go on from an earlier checkpoint with none of this epoch, or lower --learning_rate"
         leave(
