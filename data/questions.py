@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         parser.exit(2, f"{folder}: cannot be written, got {error}; choose another folder\n")
     print(
-        f"try: python apps/question_answering/train_prune.py --train_file {folder / 'train.json'} "
+        f"try: python apps/qa/train_prune.py --train_file {folder / 'train.json'} "
         f"--validation_file {folder / 'validation.json'}"
     )
 

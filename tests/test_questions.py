@@ -144,7 +144,7 @@ def test_the_command_writes_four_files(tmp_path, capsys, sets):
             assert json.loads((tmp_path / f"set/{split}{ending}.json").read_text()) == sets[split, second]
     said = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r".*/set/train\.json: [\d,]+ questions about 6,000 texts, 0 without an answer", said[0])
-    assert said[-1].startswith("try: python apps/question_answering/train_prune.py --train_file ")
+    assert said[-1].startswith("try: python apps/qa/train_prune.py --train_file ")
     assert len(list((tmp_path / "set").iterdir())) == 4
 
 

@@ -33,7 +33,7 @@ APP = App(
     counts=lambda batch: batch["attention_mask"].bool(),
     length="max_seq_length",
     full=100.0,
-    epochs=6,
+    epochs=5,
 )
 
 

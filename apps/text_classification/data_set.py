@@ -69,7 +69,12 @@ def _config(task: Task) -> dict[str, Any]:
     if task.labels is None:
         return {"num_labels": 1, "problem_type": "regression"}
     ids = dict(enumerate(task.labels))
-    return {"num_labels": len(ids), "id2label": ids, "label2id": {label: i for i, label in ids.items()}}
+    return {
+        "problem_type": "single_label_classification",
+        "num_labels": len(ids),
+        "id2label": ids,
+        "label2id": {label: i for i, label in ids.items()},
+    }
 
 
 def _read(options: Namespace) -> tuple[str, Splits]:

@@ -33,7 +33,7 @@ APP = App(
     counts=lambda batch: None,
     length="max_length",
     full=1.0,
-    epochs=8,
+    epochs=6,
 )
 
 

@@ -116,7 +116,7 @@ def add_training(made: Parser) -> None:
     loop = made.add_argument_group("training")
     loop.add_argument("--per_device_train_batch_size", type=count(1), help="per rank (8; 32 for the tiny random BERT)")
     loop.add_argument("--per_device_eval_batch_size", type=count(1), default=8, help="per rank (8)")
-    loop.add_argument("--learning_rate", type=positive, help="highest (5e-5; 3e-3 for the tiny random BERT)")
+    loop.add_argument("--learning_rate", type=positive, help="highest (5e-5; 2e-3 for the tiny random BERT)")
     loop.add_argument("--weight_decay", type=not_negative, default=0.0, help="not of biases and norms (0)")
     loop.add_argument("--max_grad_norm", type=positive, default=1.0, help="gradients are clipped to it (1)")
     loop.add_argument("--num_train_epochs", type=count(1), help="(3; for the tiny random BERT what it needs)")

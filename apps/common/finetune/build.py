@@ -37,7 +37,7 @@ from pruning_core.distillation import LogitDistillation
 
 ReadData = Callable[[Namespace, PreTrainedTokenizerBase], Data]
 DEFAULTS = {"learning_rate": 5e-5, "num_train_epochs": 3, "per_device_train_batch_size": 8}
-FROM_RANDOM = {"learning_rate": 3e-3, "per_device_train_batch_size": 32}
+FROM_RANDOM = {"learning_rate": 2e-3, "per_device_train_batch_size": 32}
 
 
 def start(app: App, options: Namespace, given: dict[str, Any], tokenizer: Any, read_data: ReadData) -> int:

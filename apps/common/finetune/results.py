@@ -124,7 +124,10 @@ def row_of(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
 
 
 def epoch_line(run: Run, row: dict[str, Any], seconds_left: float) -> str:
-    parts = [f"epoch {row['epoch']}/{run.timeline.epochs}", f"loss {row.get('train/loss', float('nan')):.3g}"]
+    parts = [
+        f"epoch {row['epoch']}/{max(row['epoch'], run.timeline.epochs)}",
+        f"loss {row.get('train/loss', float('nan')):.3g}",
+    ]
     parts.append(scores_of(run, row))
     if REACHED in row:
         parts.append(f"sparsity {row[REACHED]:.1%}")
