@@ -81,7 +81,7 @@ def test_the_defaults_that_help_names_are_the_defaults(parser):
         for dest, found in named.items()
         if found and dest != "preprocessing_num_workers"
     }
-    assert len(defaults) >= 12
+    assert len(defaults) >= 9
     assert {dest: said for dest, (said, _) in defaults.items()} == {dest: real for dest, (_, real) in defaults.items()}
 
 
