@@ -132,5 +132,5 @@ def tiny_bert(vocabulary: int, **shape: Any) -> PretrainedConfig:
 
     size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size": 128}
     rest = {"max_position_embeddings": 512, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    rest["initializer_range"] = 0.1  # with the usual 0.02 so narrow a model takes ten times as long to attend to a word
+    rest["initializer_range"] = 0.1  # with the usual 0.02 so narrow a model hardly learns which word to look at
     return BertConfig(vocab_size=vocabulary, **{**size, **rest, **shape})

@@ -45,10 +45,12 @@ def save(run: Run, folder: Path) -> None:
         checkpoint.save(_common(run), temporary / STATE)
     run.accelerator.wait_for_everyone()
     if ranks.first:
-        if not folder.exists():
-            temporary.rename(folder)
-        else:  # of the same step: it holds the same
-            shutil.rmtree(temporary)
+        old = folder.with_name(f".{folder.name}.old")
+        if folder.exists():  # of the same step, perhaps of a run that went another way: the newest counts
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     run.accelerator.wait_for_everyone()
 
 
