@@ -66,6 +66,12 @@ class Report:
         """Zeros among all parameters of the model, biases and embeddings included."""
         return self.zeros / self.parameters if self.parameters else 0.0
 
+    @property
+    def reached(self) -> float:
+        """Zeros among the weights that take part."""
+        weights = sum(group.weights for group in self.groups)
+        return sum(group.zeros for group in self.groups) / weights if weights else 0.0
+
     def to_dict(self) -> dict[str, Any]:
         groups = []
         for group in self.groups:

@@ -104,6 +104,7 @@ def test_glue_from_files(two_files, words, name, ending, form):
         ids = dict(enumerate(task.labels))
         assert data.config == {
             "num_labels": len(ids),
+            "problem_type": "single_label_classification",
             "id2label": ids,
             "label2id": {label: i for i, label in ids.items()},
         }

@@ -13,7 +13,6 @@ from torch import nn
 from apps.common.errors import BadInput
 from pruning_core import Pruning, WeightPruningConfig
 from pruning_core.options import LOCK
-from pruning_core.report import Report
 
 
 def read_recipe(source: Any, flags: Mapping[str, tuple[str, Any]] | None = None) -> WeightPruningConfig:
@@ -107,9 +106,3 @@ def reached(pruner: Pruning, model: nn.Module) -> float:
     parameters = dict(model.named_parameters())
     weights = [parameters[name] for name in pruner.masks()]
     return 1 - sum(int(weight.count_nonzero()) for weight in weights) / sum(weight.numel() for weight in weights)
-
-
-def reached_of(report: Report) -> float:
-    """The same share, from a report: it counts the zeros of weights that are sharded over ranks too."""
-    zeros = sum(group.zeros for group in report.groups)
-    return zeros / max(sum(group.weights for group in report.groups), 1)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
-from apps.common.arguments import Parser, count, not_negative, number, positive
+from apps.common.arguments import Parser, count, not_negative, number, plain, positive
 from apps.common.errors import BadInput
 
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -14,6 +15,7 @@ DEFAULT_RECIPE = Path(__file__).parents[1] / "recipes/4x1.yaml"
 TEMPERATURE = 2.0
 FEATURES = 2.0
 HALF = 0.5
+SECRET = "hub_token"
 GONE = {
     "--use_slow_tokenizer": "tokenizers are fast ones; leave it out",
     "--trust_remote_code": "code from the hub is not run; leave it out",
@@ -143,6 +145,11 @@ def add_output(made: Parser, runs: str) -> None:
     place.add_argument("--push_to_hub", action="store_true", help="upload the folder when training is done")
     place.add_argument("--hub_model_id", help="(the name of the folder)")
     place.add_argument("--hub_token", help="(that of `hf auth login`)")
+
+
+def public(options: Namespace) -> dict[str, Any]:
+    """As files and trackers hold them, without the token."""
+    return {name: plain(value) for name, value in vars(options).items() if name != SECRET}
 
 
 def check(options: Namespace) -> None:

@@ -12,10 +12,9 @@ import yaml
 
 from apps.common.errors import BadInput
 from apps.common.finetune import hub
+from apps.common.finetune.arguments import SECRET
 from apps.common.finetune.run import Run
 from pruning_core.report import Report
-
-SECRET = "--hub_token"
 
 
 def model_card(run: Run, report: Report | None) -> str:
@@ -71,9 +70,9 @@ def command() -> str:
     """As it was typed, without the token."""
     words, skip = [], False
     for word in sys.argv:
-        if not skip and not word.startswith(f"{SECRET}="):
+        if not skip and not word.startswith(f"--{SECRET}="):
             words.append(word)
-        skip = word == SECRET
+        skip = word == f"--{SECRET}"
         if skip:
             words.pop()
     return shlex.join(words)

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from apps.common.arguments import plain
 from apps.common.errors import BadInput
 from apps.common.finetune import card, processes
+from apps.common.finetune.arguments import public
 from apps.common.finetune.run import Run
 from apps.common.finetune.state import STATE
-from apps.common.pruning import asked, reached_of
+from apps.common.pruning import asked
 from apps.common.results import (
     ASKED,
     REACHED,
@@ -60,8 +60,9 @@ def open_folder(run: Run) -> Path:
     if mistake is not None:
         raise BadInput(mistake)
     if options.with_tracking:
-        settings = {name: value for name, value in vars(options).items() if isinstance(value, str | int | float | bool)}
-        run.accelerator.init_trackers(run.app.name, {**settings, "hub_token": ""})
+        plain = (str, int, float, bool)
+        settings = {name: value for name, value in public(options).items() if isinstance(value, plain)}
+        run.accelerator.init_trackers(run.app.name, settings)
     return folder
 
 
@@ -70,8 +71,7 @@ def _write_settings(run: Run, folder: Path) -> None:
         for old in folder.glob(f"*/{STATE}"):  # of the run that is written over
             shutil.rmtree(old.parent)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {name: plain(value) for name, value in vars(run.options).items() if name != "hub_token"}
-    write_yaml(folder / ARGUMENTS, settings)
+    write_yaml(folder / ARGUMENTS, public(run.options))
     if run.pruner is not None:
         write_yaml(folder / "pruning_config.yaml", run.pruner.config.to_dict())
 
@@ -119,7 +119,7 @@ def row_of(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
     row |= metrics
     row["learning_rate"] = run.optimizer.param_groups[0]["lr"]
     if run.pruner is not None:
-        row[ASKED], row[REACHED] = asked(run.pruner), reached_of(run.pruner.report())
+        row[ASKED], row[REACHED] = asked(run.pruner), run.pruner.report().reached
     return row
 
 
@@ -160,7 +160,7 @@ def finish(run: Run, table: ResultsTable, folder: Path) -> None:
         results |= {f"dense_{name}": value for name, value in progress.dense.items()}
         results |= {"epochs": progress.epoch, "steps": progress.step, "seconds": round(progress.seconds, 1)}
         if report is not None and run.pruner is not None:
-            results |= {"sparsity_asked": asked(run.pruner), "sparsity": reached_of(report)}
+            results |= {"sparsity_asked": asked(run.pruner), "sparsity": report.reached}
             write_report(report, folder)
         _write(folder / RESULTS, json.dumps(results, indent=2))
         scores = [(name, name) for name in run.data.metrics]
@@ -170,7 +170,7 @@ def finish(run: Run, table: ResultsTable, folder: Path) -> None:
         run.data.write(folder)
         _write(folder / "README.md", card.model_card(run, report))
         print(f"\n{epochs_of(progress.epoch)} in {duration(progress.seconds)}, all in {folder}")
-        print(_last_table(run, size, reached_of(report) if report else None))
+        print(_last_table(run, size, report.reached if report else None))
         print(f"{folder} loads with {run.app.kind.__name__}.from_pretrained; report, curves and model card are in it")
     if run.options.with_tracking:
         run.accelerator.end_training()

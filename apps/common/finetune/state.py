@@ -17,10 +17,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from apps.common.arguments import plain
 from apps.common.errors import BadInput
 from apps.common.finetune import processes
-from apps.common.finetune.arguments import MAY_CHANGE
+from apps.common.finetune.arguments import MAY_CHANGE, public
 from apps.common.finetune.run import Progress, Run
 from apps.common.resume import saved_options
 from apps.common.run_folder import latest_folder
@@ -28,7 +27,6 @@ from pruning_core import CheckpointError, checkpoint
 
 STATE = "state.pt"
 OPTION = "--resume_from_checkpoint"
-SECRET = ("hub_token",)
 COMMON = ("app", "ranks", "sharded", "precision", "options", "data", "recipe", "scheduler", "scaler", "progress")
 WEIGHTS = ("model", "optimizer", "pruner")
 
@@ -55,13 +53,12 @@ def save(run: Run, folder: Path) -> None:
 
 
 def _common(run: Run) -> dict[str, Any]:
-    options = {name: plain(value) for name, value in vars(run.options).items() if name not in SECRET}
     state = {
         "app": run.app.name,
         "ranks": run.ranks.size,
         "sharded": processes.sharded(run.accelerator),
         "precision": processes.precision(run.accelerator),
-        "options": options,
+        "options": public(run.options),
         "data": run.data.identity,
         "recipe": [each.model_dump(exclude_unset=True) for each in run.recipe.pruners] if run.recipe else None,
         "scheduler": run.scheduler.state_dict(),
