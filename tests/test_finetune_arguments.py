@@ -152,6 +152,24 @@ def test_defaults_ask_for_nothing(parser):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        (["--model_name_or_path=bert"], (5e-5, 3, 8)),
+        (["--model_name_or_path=bert", "--do_prune"], (2e-4, 6, 8)),  # what the README's figures were made with
+        ([], (2e-3, 9, 32)),
+        (["--do_prune"], (2e-3, 9, 32)),
+        (["--model_name_or_path=bert", "--do_prune", "--learning_rate=1", "--num_train_epochs=2"], (1.0, 2, 8)),
+    ],
+)
+def test_defaults_that_depend_on_the_run(parser, words, expected):
+    from apps.common.finetune.build import add_defaults
+
+    options = parser.parse_args(words)
+    add_defaults(options, epochs_of_tiny=9)
+    assert (options.learning_rate, options.num_train_epochs, options.per_device_train_batch_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
         ([], {}),
         (["--seed=0"], {"seed": 0}),  # as the default, and given all the same
         (["--do_prune", "--warm_epochs", "0.5"], {"do_prune": True, "warm_epochs": 0.5}),

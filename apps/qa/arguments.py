@@ -9,8 +9,7 @@ EXAMPLES = """examples:
   dense   accelerate launch apps/qa/train_prune.py --dataset_name squad \\
               --model_name_or_path bert-base-uncased --output_dir runs/squad/dense
   prune   accelerate launch apps/qa/train_prune.py --dataset_name squad \\
-              --model_name_or_path runs/squad/dense --output_dir runs/squad/sparse --do_prune --dist_loss kl \\
-              --num_train_epochs 6 --learning_rate 1e-4
+              --model_name_or_path runs/squad/dense --output_dir runs/squad/sparse --do_prune --dist_loss kl
   files   ... --train_file train-v2.0.json --validation_file dev-v2.0.json --version_2_with_negative
   resume  ... --resume_from_checkpoint runs/squad/sparse/step_500
   2 ranks accelerate launch --multi_gpu --num_processes 2 ...; on the CPU

@@ -10,8 +10,7 @@ EXAMPLES = """examples:
   dense   accelerate launch apps/text_classification/train_prune.py --task_name mrpc \\
               --model_name_or_path bert-base-uncased --output_dir runs/mrpc/dense
   prune   accelerate launch apps/text_classification/train_prune.py --task_name mrpc \\
-              --model_name_or_path runs/mrpc/dense --output_dir runs/mrpc/sparse --do_prune --dist_loss kl \\
-              --num_train_epochs 6 --learning_rate 1e-4
+              --model_name_or_path runs/mrpc/dense --output_dir runs/mrpc/sparse --do_prune --dist_loss kl
   files   ... --train_file train.csv --validation_file validation.csv   (columns: text, or two of them, and label)
   resume  ... --resume_from_checkpoint runs/mrpc/sparse/step_500
   2 ranks accelerate launch --multi_gpu --num_processes 2 ...; on the CPU

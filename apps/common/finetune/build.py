@@ -37,6 +37,7 @@ from pruning_core.distillation import LogitDistillation
 
 ReadData = Callable[[Namespace, PreTrainedTokenizerBase], Data]
 DEFAULTS = {"learning_rate": 5e-5, "num_train_epochs": 3, "per_device_train_batch_size": 8}
+TO_PRUNE = {"learning_rate": 2e-4, "num_train_epochs": 6}
 FROM_RANDOM = {"learning_rate": 2e-3, "per_device_train_batch_size": 32}
 
 
@@ -134,7 +135,7 @@ class _Parts(NamedTuple):
 
 def _parts(app: App, options: Namespace, tokenizer: PreTrainedTokenizerBase, data: Data, ranks: Ranks) -> _Parts:
     """What the run is made of, each checked against the others."""
-    _defaults(options, app)
+    add_defaults(options, app.epochs)
     model, new = _model(app, options, tokenizer, data)
     teacher = _teacher(app, options, model, tokenizer)
     for who, each in (("the model", model), ("the teacher", teacher)):
@@ -147,9 +148,11 @@ def _parts(app: App, options: Namespace, tokenizer: PreTrainedTokenizerBase, dat
     return _Parts(model, new, teacher, batches, when)
 
 
-def _defaults(options: Namespace, app: App) -> None:
-    """What was not given. The tiny random BERT learns from nothing, and needs more."""
-    defaults = {**FROM_RANDOM, "num_train_epochs": app.epochs} if not options.model_name_or_path else DEFAULTS
+def add_defaults(options: Namespace, epochs_of_tiny: int) -> None:
+    """What was not given. Weights move further to replace what is gone; the tiny random BERT learns from nothing."""
+    defaults = DEFAULTS | (TO_PRUNE if options.do_prune else {})
+    if not options.model_name_or_path:
+        defaults |= {**FROM_RANDOM, "num_train_epochs": epochs_of_tiny}
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
