@@ -2,6 +2,14 @@
 
 from pruning_core.checkpoint import CheckpointError as CheckpointError
 from pruning_core.config import WeightPruningConfig as WeightPruningConfig
+from pruning_core.export.when_imported import when_imported as _when_imported
 from pruning_core.masks import Pruning as Pruning
 
 __version__ = "0.1.0"
+
+
+def _teach_transformers() -> None:
+    from pruning_core.export import transformers_loader  # noqa: F401
+
+
+_when_imported("transformers.quantizers.auto", _teach_transformers)

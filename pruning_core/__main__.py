@@ -1,4 +1,4 @@
-"""``python -m pruning_core inspect CHECKPOINT``: what is zero in a saved model, layer by layer."""
+"""Look at saved models, pack them, unpack them, and check that nothing was damaged."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from pruning_core import checkpoint
 from pruning_core.checkpoint import CheckpointError
+from pruning_core.export import commands
+from pruning_core.export.packed import CODECS
+from pruning_core.export.sparse_file import AUTO, VALUES, Choice, load_sparse
 from pruning_core.masks.report import report_of_saved
 from pruning_core.report import Report
 
@@ -21,14 +24,12 @@ MODEL_KEYS = ("model", "state_dict", "model_state_dict")
 
 def inspect(path: str | Path) -> Report:
     """The report of a ``.pt`` checkpoint (model, and pruner when it was saved too) or a ``.safetensors`` file."""
-    if Path(path).suffix == ".safetensors":
-        return report_of_saved(_safetensors(path), None)
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return report_of_saved(load_sparse(path) if commands.is_packed(path) else commands.read_safetensors(path), None)
     state = checkpoint.load(path)
     pruner = next((value for value in state.values() if _is_pruner(value)), None)
-    model = _model(state)
-    if model is None:
-        known = ", ".join(MODEL_KEYS)
-        raise CheckpointError(f"{path}: holds no model weights; save a state_dict itself or under one of: {known}")
+    model = _model(path, state)
     if any(isinstance(value, DTensor) for value in model.values()):
         raise CheckpointError(f"{path}: holds one rank's slices of sharded weights; inspect a full state dict instead")
     if pruner is None:
@@ -42,44 +43,80 @@ def inspect(path: str | Path) -> Report:
         ) from error
 
 
-def _safetensors(path: str | Path) -> Mapping[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; check the path of the checkpoint") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
-
-
 def _is_pruner(value: Any) -> bool:
     return isinstance(value, dict) and {"config", "clocks", "groups"} <= value.keys()
 
 
-def _model(state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _model(path: Path, state: Mapping[str, Any]) -> Mapping[str, Any]:
     for candidate in (*(state.get(key) for key in MODEL_KEYS), state):
         if isinstance(candidate, Mapping) and any(isinstance(value, Tensor) for value in candidate.values()):
             return candidate
-    return None
+    known = ", ".join(MODEL_KEYS)
+    raise CheckpointError(f"{path}: holds no model weights; save a state_dict itself or under one of: {known}")
+
+
+def _state(path: Path) -> Mapping[str, Any] | None:
+    """What ``export`` packs; None of a model's folder, which is packed file by file."""
+    if path.is_dir():
+        return None
+    if commands.is_packed(path):
+        raise CheckpointError(f"{path}: is packed already; unpack it first")
+    if path.suffix == ".safetensors":
+        return commands.read_safetensors(path)
+    return _model(path, checkpoint.load(path))
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m pruning_core", description=__doc__)
+    all_commands = made.add_subparsers(dest="command", required=True)
+
+    look = all_commands.add_parser("inspect", help="what is zero in a saved model, layer by layer")
+    look.add_argument(
+        "path", type=Path, help="a .pt file written by pruning_core.checkpoint or torch.save, or .safetensors"
+    )
+    look.add_argument("--json", metavar="FILE", help="also write the report as JSON")
+    look.add_argument("--plot", metavar="FILE", help="also draw a bar per layer")
+
+    pack = all_commands.add_parser("export", help="pack the zeros of a saved model: a small .safetensors")
+    pack.add_argument("path", type=Path, help="a .pt or .safetensors file, or a folder of save_pretrained")
+    pack.add_argument("out", type=Path, nargs="?", help="(PATH.sparse.safetensors, or PATH-sparse)")
+    pack.add_argument("--codec", choices=CODECS, default=CODECS[-1], help="raw is larger and faster (entropy)")
+    pack.add_argument("--values", choices=VALUES, default="fp32", help="bf16, fp16: round what is kept (fp32: do not)")
+    pack.add_argument("--pattern", default=AUTO, help="4x1, 2:4, ... of all weights (auto: found for each)")
+    pack.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+    back = all_commands.add_parser("unpack", help="the dense model again, for tools that know nothing of this")
+    back.add_argument("path", type=Path, help="a packed .safetensors file, or a folder of them")
+    back.add_argument("out", type=Path, nargs="?", help="(PATH-dense)")
+    back.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+    check = all_commands.add_parser("verify", help="read a packed model whole, and say whether it was damaged")
+    check.add_argument("path", type=Path, help="a packed .safetensors file, or a folder of them")
+    return made
+
+
+def run(options: argparse.Namespace) -> None:
+    match options.command:
+        case "inspect":
+            report = inspect(options.path)
+            print(commands.table(options.path) if commands.is_packed(options.path) else report)
+            if options.json:
+                report.save_json(options.json)
+            if options.plot:
+                report.plot(options.plot)
+        case "export":
+            choice = Choice.of(options.codec, options.values, options.pattern)
+            print(commands.export(options.path, options.out, choice, _state(options.path), options.overwrite))
+        case "unpack":
+            print(commands.unpack(options.path, options.out, options.overwrite))
+        case "verify":
+            print(commands.verify(options.path))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pruning_core", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    look = commands.add_parser("inspect", help="print asked and reached sparsity per layer of a saved model")
-    look.add_argument("checkpoint", help="a .pt file written by pruning_core.checkpoint or torch.save, or .safetensors")
-    look.add_argument("--json", metavar="FILE", help="also write the report as JSON")
-    look.add_argument("--plot", metavar="FILE", help="also draw a bar per layer")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
-        report = inspect(options.checkpoint)
-        print(report)
-        if options.json:
-            report.save_json(options.json)
-        if options.plot:
-            report.plot(options.plot)
+        run(options)
     except (ValueError, OSError, ImportError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -1,0 +1,190 @@
+"""``export_onnx``: one ``.onnx`` file that was run before it was written, smaller where weights hold many zeros."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pruning_core.checkpoint import CheckpointError, write_atomically
+
+TOLERANCE = 1e-4
+LARGEST = 2**31 - 2**20
+INDEX_BYTES = 8
+Inputs = dict[str, Tensor]
+Outputs = list[NDArray[Any]]
+
+
+def export_onnx(
+    model: nn.Module,
+    example: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
+    path: str | Path,
+    *,
+    dynamic_batch: bool = True,
+    sparse: bool = False,
+) -> float:
+    """Writes ``model(example)`` as ONNX and returns how far ONNX Runtime's outputs are from torch's.
+
+    That is the largest difference over the largest output (over 1 where that is smaller); more than 1e-4 is an error.
+    ``example`` is the input, a tuple of them, or a dict of keyword arguments. With ``dynamic_batch`` the first axis of
+    all inputs may have any length; lengths of 1 and 3 are tried. ``sparse=True`` stores weights with more than two
+    thirds of zeros as ``sparse_initializer``: a smaller file that ONNX Runtime reads to the same numbers and runs no
+    faster. Not every other runtime reads it.
+    """
+    onnx = _installed()
+    model = copy.deepcopy(model).eval()
+    inputs = _inputs(model, example)
+    made = _exported(onnx, model, _rows(inputs, 2) if dynamic_batch else inputs, dynamic_batch)
+    if made.ByteSize() > LARGEST:
+        raise CheckpointError(f"{path}: an ONNX file holds at most 2 GiB, got {made.ByteSize():,} bytes")
+    trials = [_rows(inputs, 1), _rows(inputs, 3)] if dynamic_batch else [inputs]
+    dense = [_run(made, trial) for trial in trials]
+    difference = max(_difference(_torch(model, trial), got) for trial, got in zip(trials, dense, strict=True))
+    if not difference <= TOLERANCE:
+        raise CheckpointError(
+            f"{path}: ONNX Runtime and torch must agree to {TOLERANCE}, got {difference:.1e}; not written"
+        )
+    if sparse:
+        _thin(onnx, made)
+        if any(not _same(got, _run(made, trial)) for trial, got in zip(trials, dense, strict=True)):
+            raise CheckpointError(f"{path}: ONNX Runtime reads the sparse weights as other numbers; leave sparse out")
+    write_atomically(path, lambda file: file.write(made.SerializeToString(deterministic=True)))
+    return difference
+
+
+def _installed() -> Any:
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"export_onnx: needs {error.name}; pip install onnx onnxscript onnxruntime") from None
+    return onnx
+
+
+def _inputs(model: nn.Module, example: Any) -> Inputs:
+    """By name, whichever way they were given."""
+    try:
+        given = [example] if isinstance(example, Tensor) else example
+        call = ((), given) if isinstance(given, Mapping) else (given, {})
+        inputs = dict(inspect.signature(model.forward).bind(*call[0], **call[1]).arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"example: does not fit {type(model).__name__}.forward ({error}); give a dict of its inputs"
+        ) from None
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"example: {name} must be a tensor, got {type(value).__name__}; give a dict of tensors")
+    return inputs
+
+
+def _rows(inputs: Inputs, count: int) -> Inputs:
+    """The first ``count`` rows of every input, over and over again where it has fewer."""
+    for name, tensor in inputs.items():
+        if not tensor.dim() or not len(tensor):
+            raise ValueError(f"example: {name} has no rows; give at least one, or dynamic_batch=False")
+    return {name: tensor[torch.arange(count) % len(tensor)] for name, tensor in inputs.items()}
+
+
+def _exported(onnx: Any, model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> Any:
+    shapes = {name: {0: torch.export.Dim.DYNAMIC} for name in inputs} if dynamic_batch else None
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), _quiet():
+        file = Path(folder) / "model.onnx"
+        torch.onnx.export(
+            model,
+            kwargs=dict(inputs),
+            f=file,
+            input_names=list(inputs),
+            output_names=_names(_outputs(model, inputs)),
+            dynamo=True,
+            dynamic_shapes=shapes,
+            external_data=False,
+            verbose=False,
+        )
+        return onnx.load(file)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's notes on its own progress; what goes wrong is raised."""
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _outputs(model: nn.Module, inputs: Inputs) -> Any:
+    with torch.no_grad():
+        return model(**inputs)
+
+
+def _names(outputs: Any) -> list[str]:
+    """``logits`` of a dict, ``output`` of a tensor, ``output_0_1`` of lists in lists."""
+    paths = [path for path, leaf in pytree.tree_flatten_with_path(outputs)[0] if isinstance(leaf, Tensor)]
+    names = ["_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path in paths]
+    return [name if name and not name[0].isdigit() else f"output_{name}".rstrip("_") for name in names]
+
+
+def _torch(model: nn.Module, inputs: Inputs) -> Outputs:
+    leaves = pytree.tree_leaves(_outputs(model, inputs))
+    return [leaf.numpy() for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _run(made: Any, inputs: Inputs) -> Outputs:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    feed = {each.name: inputs[each.name].numpy() for each in session.get_inputs()}
+    return list(session.run(None, feed))
+
+
+def _difference(expected: Outputs, got: Outputs) -> float:
+    worst = 0.0
+    for one, other in zip(expected, got, strict=True):
+        if one.shape != other.shape:
+            raise CheckpointError(f"ONNX: an output must be {list(one.shape)}, got {list(other.shape)}")
+        if one.size:
+            scale = max(1.0, float(np.abs(one).max()))
+            worst = max(worst, float(np.abs(one.astype(np.float64) - other).max()) / scale)
+    return worst
+
+
+def _same(one: Outputs, other: Outputs) -> bool:
+    return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(one, other, strict=True))
+
+
+def _thin(onnx: Any, made: Any) -> None:
+    """Stores initializers that become smaller so as values and their places."""
+    kept = []
+    for dense in made.graph.initializer:
+        array = onnx.numpy_helper.to_array(dense)
+        flat = array.reshape(-1)
+        places = np.flatnonzero(flat)
+        if array.ndim < 2 or len(places) * (array.itemsize + INDEX_BYTES) >= array.nbytes:
+            kept.append(dense)
+            continue
+        values = onnx.numpy_helper.from_array(flat[places], dense.name)
+        indices = onnx.numpy_helper.from_array(places.astype(np.int64), f"{dense.name}_places")
+        made.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(values, indices, array.shape))
+    del made.graph.initializer[:]
+    made.graph.initializer.extend(kept)
+    onnx.checker.check_model(made)

@@ -1,0 +1,98 @@
+"""Streams of bytes: Huffman coding by the standard library, bits, and the two halves of floating-point numbers.
+
+A stream is read with its length known beforehand, so that nothing a file says makes more bytes than were asked for.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pruning_core.checkpoint import CheckpointError
+
+Bytes = NDArray[np.uint8]
+Piece = memoryview | bytes
+PLAIN, HUFFMAN = "plain", "huffman"
+PART = 1 << 16
+BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+class Stream(NamedTuple):
+    coding: str
+    data: Piece
+
+
+def coded(data: Bytes, *, shrink: bool) -> Stream:
+    """Huffman codes of the bytes where they are shorter. Matches are not searched for: in weights there are none."""
+    if shrink:
+        coder = zlib.compressobj(level=1, wbits=-15, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
+        short = coder.compress(data.data) + coder.flush()
+        if len(short) < len(data):
+            return Stream(HUFFMAN, short)
+    return Stream(PLAIN, data.data)
+
+
+def decoded(stream: Stream, length: int) -> Bytes:
+    """Exactly ``length`` bytes, or CheckpointError."""
+    if stream.coding == PLAIN:
+        data = np.frombuffer(stream.data, dtype=np.uint8)
+    else:
+        decoder = zlib.decompressobj(wbits=-15)
+        try:
+            data = np.frombuffer(decoder.decompress(stream.data, length + 1), dtype=np.uint8)
+        except zlib.error as error:
+            raise CheckpointError(f"is not a Huffman stream ({error})") from None
+        if not decoder.eof or decoder.unused_data:
+            raise CheckpointError(f"holds more or less than {length:,} bytes")
+    if len(data) != length:
+        raise CheckpointError(f"must hold {length:,} bytes, got {len(data):,}")
+    return data
+
+
+def pack_bits(flags: NDArray[np.bool_]) -> Bytes:
+    return np.packbits(flags.reshape(-1), bitorder="little")
+
+
+def unpack_bits(data: Bytes, count: int) -> NDArray[np.bool_]:
+    """``count`` flags; the bits that fill up the last byte must be zero."""
+    if count % 8 and data[-1] >> (count % 8):
+        raise CheckpointError(f"has a bit set behind its {count:,} bits")
+    return np.unpackbits(data, count=count, bitorder="little").view(np.bool_)
+
+
+def split(bits: NDArray[np.unsignedinteger]) -> tuple[Bytes, Bytes]:
+    """``(exponents, rest)`` of floating-point numbers: turned left by one bit, the top byte is exponent alone.
+
+    The exponents of weights are few and unequal, hence short in Huffman codes; sign and mantissa are noise.
+    """
+    size = bits.itemsize
+    exponents = np.empty(len(bits), dtype=np.uint8)
+    rest = np.empty((len(bits), size - 1), dtype=np.uint8)
+    for part in _parts(len(bits)):
+        turned = bits[part] << 1
+        turned |= bits[part] >> (8 * size - 1)
+        planes = turned.astype(turned.dtype.newbyteorder("<"), copy=False).view(np.uint8).reshape(-1, size)
+        exponents[part], rest[part] = planes[:, -1], planes[:, :-1]
+    return exponents, rest.reshape(-1)
+
+
+def join(exponents: Bytes, rest: Bytes, size: int) -> NDArray[np.unsignedinteger]:
+    """``join(*split(bits), bits.itemsize) == bits``"""
+    rest = rest.reshape(-1, size - 1)
+    bits = np.empty(len(exponents), dtype=BITS[size])
+    for part in _parts(len(bits)):
+        planes = np.empty((len(exponents[part]), size), dtype=np.uint8)
+        planes[:, -1], planes[:, :-1] = exponents[part], rest[part]
+        turned = planes.reshape(-1).view(np.dtype(BITS[size]).newbyteorder("<"))
+        bits[part] = turned >> 1
+        bits[part] |= turned.astype(BITS[size], copy=False) << (8 * size - 1)
+    return bits
+
+
+def _parts(length: int) -> Iterator[slice]:
+    """Pieces that stay in the processor's cache while they are turned."""
+    return (slice(first, first + PART) for first in range(0, length, PART))

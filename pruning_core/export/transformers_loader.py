@@ -1,0 +1,97 @@
+"""``transformers`` reads packed weights: what its own registries need to know. Imported once transformers is there.
+
+A packed weight lies under its own name as a row of bytes. ``transformers`` without this loader finds that its shape is
+not the layer's and refuses; with it, every such row becomes the weight before anything else is done with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from pruning_core.export import packed, sparse_file
+
+METHOD = "pruning_core"
+
+
+@register_quantization_config(METHOD)
+class PackedConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a packed model: the files say everything else."""
+
+    def __init__(self, quant_method: str = METHOD, **kwargs: Any) -> None:
+        self.quant_method = quant_method  # type: ignore[assignment]
+
+
+@register_quantizer(METHOD)
+class PackedLoader(HfQuantizer):
+    """Unpacks at load; what comes out is a plain model that trains and is saved like any other."""
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        self.last_names = {"weight"}
+        for file in checkpoint_files or ():
+            with sparse_file.opened(file) as (_, header):
+                heads = {name: sparse_file.head_of(entry) for name, entry in header.entries.items()}
+                self.last_names |= {name.rpartition(".")[2] for name, head in heads.items() if head}
+
+    def get_weight_conversions(self) -> list[Any]:
+        from transformers.core_model_loading import WeightConverter
+
+        names = sorted(self.last_names)
+        return [WeightConverter([name], [name], operations=[_unpack()]) for name in names]
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """A model's own conversions (experts that are merged, say) work on weights, not on rows of bytes."""
+        for conversion in weight_conversions:
+            if hasattr(conversion, "operations"):
+                conversion.operations.insert(0, _unpack())
+        return weight_conversions + self.get_weight_conversions()
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self.remove_quantization_config(model)
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+
+def _unpack() -> Any:
+    from transformers.core_model_loading import ConversionOps
+
+    class Unpack(ConversionOps):
+        """Rows of bytes become weights; weights stay as they are, and so this is its own inverse."""
+
+        def convert(self, input_dict: dict[str, Any], *patterns: Any, **kwargs: Any) -> dict[str, Any]:
+            dtype = _dtype(kwargs.get("model"), kwargs.get("full_layer_name", ""))
+            return {name: _each(value, dtype) for name, value in input_dict.items()}
+
+        @property
+        def reverse_op(self) -> Any:
+            return self
+
+    return Unpack()
+
+
+def _each(value: Any, dtype: torch.dtype | None) -> Any:
+    if isinstance(value, list):
+        return [_each(each, dtype) for each in value]
+    if value.dtype is not torch.uint8 or value.dim() != 1:
+        return value
+    weight = packed.unpack(value.cpu().numpy())
+    return weight.to(value.device, dtype or weight.dtype)
+
+
+def _dtype(model: Any, name: str) -> torch.dtype | None:
+    """What the model was asked to be made of: packed rows cannot be cast on their way, as other weights are."""
+    own = dict(model.named_parameters()).get(name) if model is not None else None
+    return own.dtype if isinstance(own, Tensor) else None
