@@ -136,6 +136,20 @@ def test_examples_that_are_refused(tmp_path, example, options, message):
     assert not list(tmp_path.iterdir())
 
 
+class Branches(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+@pytest.mark.parametrize(
+    ("dynamic_batch", "do"), [(True, "try dynamic_batch=False, or make it fit for"), (False, "see torch.export")]
+)
+def test_a_model_that_torch_cannot_export(tmp_path, dynamic_batch, do):
+    with pytest.raises(CheckpointError, match=rf"^Branches: torch cannot export it \(.*\); {do}"):
+        export_onnx(Branches(), torch.randn(2, 4), tmp_path / "a.onnx", dynamic_batch=dynamic_batch)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_difference_is_found(tmp_path, monkeypatch):
     """What torch gives is changed by two parts in ten thousand; nothing is written."""
     torch_outputs = onnx_model._torch

@@ -164,6 +164,12 @@ def head_of(model: Model) -> str:
     return f"model.{len(model.model) - 1}"
 
 
+def one_output_(model: Model) -> None:
+    """Boxes and scores alone, as upstream exports them: without the maps that the loss reads."""
+    head = model.model[-1]
+    head.export, head.format, head.dynamic = True, "onnx", True  # dynamic: anchors do not depend on an earlier batch
+
+
 def feature_channels(model: Model) -> list[int]:
     """Of the maps that the head reads, level by level."""
     return [branch[0].conv.in_channels for branch in model.model[-1].cv2]

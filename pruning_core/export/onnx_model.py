@@ -102,17 +102,22 @@ def _exported(onnx: Any, model: nn.Module, inputs: Inputs, dynamic_batch: bool) 
     shapes = {name: {0: torch.export.Dim.DYNAMIC} for name in inputs} if dynamic_batch else None
     with tempfile.TemporaryDirectory() as folder, torch.no_grad(), _quiet():
         file = Path(folder) / "model.onnx"
-        torch.onnx.export(
-            model,
-            kwargs=dict(inputs),
-            f=file,
-            input_names=list(inputs),
-            output_names=_names(_outputs(model, inputs)),
-            dynamo=True,
-            dynamic_shapes=shapes,
-            external_data=False,
-            verbose=False,
-        )
+        try:
+            torch.onnx.export(
+                model,
+                kwargs=dict(inputs),
+                f=file,
+                input_names=list(inputs),
+                output_names=_names(_outputs(model, inputs)),
+                dynamo=True,
+                dynamic_shapes=shapes,
+                external_data=False,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            do = "try dynamic_batch=False, or make it fit for torch.export" if dynamic_batch else "see torch.export"
+            reason = " ".join(str(error.__cause__ or error).split())[:300]
+            raise CheckpointError(f"{type(model).__name__}: torch cannot export it ({reason}); {do}") from error
         return onnx.load(file)
 
 
