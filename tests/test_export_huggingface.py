@@ -25,6 +25,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.quantizers.base import HfQuantizer
 
 import pruning_core
 from pruning_core import CheckpointError
@@ -106,6 +107,8 @@ def test_what_is_loaded_is_an_ordinary_model(tmp_path):
 )
 def test_other_models(tmp_path, make):
     model = pruned(make())
+    if isinstance(model, Qwen3MoeForCausalLM) and not hasattr(HfQuantizer, "update_weight_conversions"):
+        pytest.skip("this transformers merges rows of bytes, and says that it cannot")
     model.tie_weights()
     save_pretrained_sparse(model, tmp_path / "sparse")
     loaded, info = type(model).from_pretrained(tmp_path / "sparse", output_loading_info=True)

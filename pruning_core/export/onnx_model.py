@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from pruning_core.checkpoint import CheckpointError, write_atomically
 
@@ -108,7 +107,7 @@ def _exported(onnx: Any, model: nn.Module, inputs: Inputs, dynamic_batch: bool) 
                 kwargs=dict(inputs),
                 f=file,
                 input_names=list(inputs),
-                output_names=_names(_outputs(model, inputs)),
+                output_names=[name for name, _ in _leaves(_outputs(model, inputs))],
                 dynamo=True,
                 dynamic_shapes=shapes,
                 external_data=False,
@@ -140,16 +139,21 @@ def _outputs(model: nn.Module, inputs: Inputs) -> Any:
         return model(**inputs)
 
 
-def _names(outputs: Any) -> list[str]:
-    """``logits`` of a dict, ``output`` of a tensor, ``output_0_1`` of lists in lists."""
-    paths = [path for path, leaf in pytree.tree_flatten_with_path(outputs)[0] if isinstance(leaf, Tensor)]
-    names = ["_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path in paths]
-    return [name if name and not name[0].isdigit() else f"output_{name}".rstrip("_") for name in names]
+def _leaves(outputs: Any, name: str = "") -> list[tuple[str, Tensor]]:
+    """``logits`` of a dict, ``output`` of a tensor, ``output_0_1`` of lists in lists; in the order of the exporter."""
+    if isinstance(outputs, Tensor):
+        return [(name if name and not name[0].isdigit() else f"output_{name}".rstrip("_"), outputs)]
+    if isinstance(outputs, Mapping):
+        inner = [(str(key), value) for key, value in outputs.items()]
+    elif isinstance(outputs, list | tuple):
+        inner = [(str(i), value) for i, value in enumerate(outputs)]
+    else:
+        inner = []
+    return [leaf for key, value in inner for leaf in _leaves(value, f"{name}_{key}" if name else key)]
 
 
 def _torch(model: nn.Module, inputs: Inputs) -> Outputs:
-    leaves = pytree.tree_leaves(_outputs(model, inputs))
-    return [leaf.numpy() for leaf in leaves if isinstance(leaf, Tensor)]
+    return [tensor.numpy() for _, tensor in _leaves(_outputs(model, inputs))]
 
 
 def _run(made: Any, inputs: Inputs) -> Outputs:

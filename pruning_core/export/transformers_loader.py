@@ -85,10 +85,15 @@ def _unpack() -> Any:
 def _each(value: Any, dtype: torch.dtype | None) -> Any:
     if isinstance(value, list):
         return [_each(each, dtype) for each in value]
-    if value.dtype is not torch.uint8 or value.dim() != 1:
+    if not _is_row(value):
         return value
-    weight = packed.unpack(value.cpu().numpy())
+    weight = packed.unpack(value.to("cpu", torch.uint8).numpy())
     return weight.to(value.device, dtype or weight.dtype)
+
+
+def _is_row(value: Tensor) -> bool:
+    """Some versions cast the bytes to the layer's dtype on their way: that is exact, and no weight begins like this."""
+    return value.dim() == 1 and len(value) >= packed.START.size and value[:4].tolist() == list(packed.MAGIC)
 
 
 def _dtype(model: Any, name: str) -> torch.dtype | None:

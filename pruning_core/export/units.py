@@ -21,6 +21,7 @@ from pruning_core.export.streams import Bytes, pack_bits, unpack_bits
 Flags = NDArray[np.bool_]
 LARGEST_GROUP = 8
 CROP = 480
+PROBE = 64
 FACTORS = (2, 3, 5, 7)
 
 
@@ -246,12 +247,15 @@ def _grow(kept: Flags, value_bits: float) -> tuple[int, ...]:
 
 def _bits(alive: Flags, axis: int, factor: int, extents: list[int], shape: tuple[int, ...], value_bits: float) -> float:
     grown = [extent * factor if i == axis else extent for i, extent in enumerate(extents)]
-    sizes: Any = 1.0
-    for length, extent, units in zip(shape, grown, alive.shape, strict=True):
-        along = np.full(units, float(extent))
-        along[-1:] = length - extent * (units - 1)
-        sizes = np.multiply.outer(sizes, along)
-    stored = float((sizes * alive).sum())
+    if all(length % extent == 0 for length, extent in zip(shape, grown, strict=True)):
+        stored = int(np.count_nonzero(alive)) * math.prod(grown)
+    else:
+        sizes: Any = 1
+        for length, extent, units in zip(shape, grown, alive.shape, strict=True):
+            along = np.full(units, extent)
+            along[-1:] = length - extent * (units - 1)
+            sizes = np.multiply.outer(sizes, along)
+        stored = int((sizes * alive).sum())
     return _mask_cost(alive) + stored * value_bits
 
 
@@ -266,7 +270,7 @@ def _choices(kept: Flags) -> list[Choices]:
     found = []
     for axis, length in enumerate(kept.shape[:2]):
         for m in (2, 4, LARGEST_GROUP):
-            if length % m == 0 and kept.size:
+            if length % m == 0 and kept.size and most_kept(kept[:PROBE, :PROBE], m, axis) < m:
                 most = most_kept(kept, m, axis)
                 if 0 < most < m:
                     found.append(Choices(most, m, axis))
