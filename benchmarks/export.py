@@ -32,8 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import MEMORY_ENVIRONMENT, ONE_THREAD, STEADY_ENVIRONMENT, cpu_seconds, peak_mib
-from pruning_core.export import export_onnx, load_sparse_into, save_sparse, sparse_file
+from pruning_core.export import export_onnx, load_sparse_into, save_sparse
 from pruning_core.export.bound import bound_bytes
+from pruning_core.export.reader import opened
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]
@@ -97,9 +98,9 @@ def figures(state: State, repeats: int) -> dict[str, Any]:
 def _bound(path: Path) -> float:
     """Of the packed weights their entropy; of all other tensors their bytes."""
     total = 0.0
-    with sparse_file.opened(path) as (file, header):
-        for name, entry in header.entries.items():
-            head, weight = sparse_file.head_of(entry), sparse_file.read_tensor(file, header, name)
+    with opened(path) as reader:
+        for name in reader:
+            head, weight = reader.heads[name], reader.read(name)
             total += bound_bytes(weight, head.units, head.values) if head else weight.nbytes
     return total
 

@@ -15,7 +15,7 @@ from pruning_core import checkpoint
 from pruning_core.checkpoint import CheckpointError
 from pruning_core.export import commands
 from pruning_core.export.packed import CODECS
-from pruning_core.export.sparse_file import AUTO, VALUES, Choice, load_sparse
+from pruning_core.export.sparse_file import AUTO, VALUES, Choice, load_sparse, read_safetensors
 from pruning_core.masks.report import report_of_saved
 from pruning_core.report import Report
 
@@ -26,7 +26,7 @@ def inspect(path: str | Path) -> Report:
     """The report of a ``.pt`` checkpoint (model, and pruner when it was saved too) or a ``.safetensors`` file."""
     path = Path(path)
     if path.suffix == ".safetensors":
-        return report_of_saved(load_sparse(path) if commands.is_packed(path) else commands.read_safetensors(path), None)
+        return report_of_saved(load_sparse(path) if commands.is_packed(path) else read_safetensors(path), None)
     state = checkpoint.load(path)
     pruner = next((value for value in state.values() if _is_pruner(value)), None)
     model = _model(path, state)
@@ -62,7 +62,7 @@ def _state(path: Path) -> Mapping[str, Any] | None:
     if commands.is_packed(path):
         raise CheckpointError(f"{path}: is packed already; unpack it first")
     if path.suffix == ".safetensors":
-        return commands.read_safetensors(path)
+        return read_safetensors(path)
     return _model(path, checkpoint.load(path))
 
 
@@ -98,12 +98,7 @@ def parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     match options.command:
         case "inspect":
-            report = inspect(options.path)
-            print(commands.table(options.path) if commands.is_packed(options.path) else report)
-            if options.json:
-                report.save_json(options.json)
-            if options.plot:
-                report.plot(options.plot)
+            show(options.path, options.json, options.plot)
         case "export":
             choice = Choice.of(options.codec, options.values, options.pattern)
             print(commands.export(options.path, options.out, choice, _state(options.path), options.overwrite))
@@ -111,6 +106,17 @@ def run(options: argparse.Namespace) -> None:
             print(commands.unpack(options.path, options.out, options.overwrite))
         case "verify":
             print(commands.verify(options.path))
+
+
+def show(path: Path, json: str | None, plot: str | None) -> None:
+    """The report; of a packed file the table of what it packs, which says more."""
+    packed = commands.is_packed(path)
+    report = inspect(path) if json or plot or not packed else None
+    print(commands.table(path) if packed else report)
+    if report is not None and json:
+        report.save_json(json)
+    if report is not None and plot:
+        report.plot(plot)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from pruning_core import checkpoint
 from pruning_core.__main__ import main
-from pruning_core.export import load_sparse
+from pruning_core.export import load_sparse, save_sparse
 
 
 def net() -> nn.Sequential:
@@ -113,6 +113,16 @@ def test_nothing_is_written_over(tmp_path, capsys):
     ran(capsys, "unpack", path, "--overwrite")
 
 
+def test_a_file_that_only_speaks_of_it(tmp_path, capsys):
+    save_file(net().state_dict(), tmp_path / "a.safetensors", {"made_by": "pruning_core"})
+    ran(capsys, "export", tmp_path / "a.safetensors")
+
+
+def test_a_weight_without_weights(tmp_path, capsys):
+    save_sparse({"w": torch.empty(0, 5), "v": torch.zeros(64, 64)}, tmp_path / "a.safetensors")
+    assert "1 packed, 1 other tensors" in ran(capsys, "inspect", tmp_path / "a.safetensors")
+
+
 def damaged(path: Path, place: int) -> None:
     raw = bytearray(path.read_bytes())
     raw[place] ^= 1
@@ -136,13 +146,13 @@ def test_damage_is_told(tmp_path, capsys, command, place):
         (["export", "no.pt"], r"no\.pt: no such file; check the path of the checkpoint"),
         (["export", "no.safetensors"], r"no\.safetensors: no such file; check the path of the checkpoint"),
         (["export", "a.sparse.safetensors"], r"a\.sparse\.safetensors: is packed already; unpack it first"),
-        (["export", "empty"], r"empty: is not a model's folder \("),
+        (["export", "empty"], r"empty: has no config\.json; give a folder that save_pretrained wrote"),
         (["export", "a.pt", "b.safetensors", "--pattern", "two"], r"unknown pattern, got 'two'; "),
         (["verify", "no.safetensors"], r"no\.safetensors: no such file"),
-        (["verify", "empty"], r"empty: has no model\.safetensors; give a folder that save_pretrained_sparse wrote"),
+        (["verify", "empty"], r"empty: has no config\.json; give a folder that save_pretrained wrote"),
         (["verify", "plain.safetensors"], r"plain\.safetensors: has no table of pruning_core; an ordinary"),
         (["unpack", "plain.safetensors"], r"plain\.safetensors: has no table of pruning_core; an ordinary"),
-        (["unpack", "empty"], r"empty: is not a model's folder \("),
+        (["unpack", "empty"], r"empty: has no config\.json; give a folder that save_pretrained wrote"),
     ],
 )
 def test_what_is_refused(tmp_path, capsys, monkeypatch, words, message):

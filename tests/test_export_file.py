@@ -6,6 +6,7 @@ import json
 import math
 import random
 import struct
+import sys
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -22,6 +23,7 @@ from pruning_core import CheckpointError, checkpoint
 from pruning_core.export import container, load_sparse, load_sparse_into, packed, read_metadata, save_sparse
 from pruning_core.export import sparse_file as module
 from pruning_core.export.bound import bound_bytes
+from pruning_core.export.reader import opened
 from pruning_core.export.units import Blocks, Choices
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -52,8 +54,8 @@ def two_of_four(shape: tuple[int, ...]) -> Tensor:
 
 
 def head_of(path: Path, name: str) -> packed.Head | None:
-    with module.opened(path) as (_, header):
-        return module.head_of(header.entries[name])
+    with opened(path) as reader:
+        return reader.heads[name]
 
 
 # ---- what comes back ------------------------------------------------------------------------------------------------
@@ -172,7 +174,10 @@ def test_ordinary_readers_see_a_safetensors_file(tmp_path):
 def test_the_same_state_gives_the_same_bytes(tmp_path):
     state = {"b": torch.randn(3), "w": pruned((64, 64), (4, 1), 0.9), "a": torch.randn(2).half()}
     for i, names in enumerate((list(state), sorted(state), list(reversed(state)))):
-        save_sparse({name: state[name].clone() for name in names}, tmp_path / f"{i}.safetensors")
+        again = {name: state[name].clone() for name in names}
+        again = {"tied": again["w"], **again} if i else {**again, "tied": again["w"]}
+        about = {"x": "1", "y": "2"} if i else {"y": "2", "x": "1"}
+        save_sparse(again, tmp_path / f"{i}.safetensors", metadata=about)
     assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(3)}) == 1
 
 
@@ -195,6 +200,48 @@ def test_views_are_not_tied(tmp_path):
     assert same(load_sparse(tmp_path / "a.safetensors"), state)
 
 
+def test_a_conjugate_is_another_tensor(tmp_path):
+    z = torch.randn(3, dtype=torch.complex64)
+    state = {"a": z, "b": z.conj(), "c": z.imag, "d": z.conj().imag}
+    save_sparse(state, tmp_path / "a.safetensors")
+    loaded = load_sparse(tmp_path / "a.safetensors")
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("pattern", ["auto", "4x1"])
+def test_denormals_where_torch_flushes_them(tmp_path, pattern):
+    weight = torch.zeros(64, 64)
+    weight[:8, :16] = 1e-40
+    weight[0, 0] = 1.0
+    assert torch.set_flush_denormal(True)
+    try:
+        save_sparse({"w": weight}, tmp_path / "a.safetensors", pattern=pattern)
+        loaded = load_sparse(tmp_path / "a.safetensors")
+    finally:
+        torch.set_flush_denormal(False)
+    assert same(loaded, {"w": weight}) and loaded["w"].count_nonzero() == 128
+
+
+def test_damage_is_found_before_the_model_is_changed(tmp_path):
+    model, other = (nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40)) for _ in range(2))
+    model[1].weight.data *= torch.rand(40, 40) < 0.2
+    path = tmp_path / "a.safetensors"
+    save_sparse(model, path)
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r": 1\.weight: its bytes were changed since they were written"):
+        load_sparse_into(other, path)
+    assert same(other.state_dict(), before)
+
+
+def test_a_model_without_memory(tmp_path):
+    save_sparse(nn.Linear(4, 4), tmp_path / "a.safetensors")
+    expected = r": weight: cannot be filled in place, got a tensor on the meta device; use load_sparse$"
+    with pytest.raises(CheckpointError, match=expected):
+        load_sparse_into(nn.Linear(4, 4, device="meta"), tmp_path / "a.safetensors")
+
+
 def test_into_a_model(tmp_path):
     model, other = (
         nn.Sequential(nn.Linear(40, 40), nn.BatchNorm1d(40)),
@@ -211,6 +258,17 @@ def test_into_a_model(tmp_path):
 def test_metadata(tmp_path):
     save_sparse({}, tmp_path / "a.safetensors", metadata={"names": '["cat"]'})
     assert read_metadata(tmp_path / "a.safetensors") == {"names": '["cat"]'}
+    expected = r"^metadata: names and values must be strings, got 'epoch': 3; use json\.dumps$"
+    with pytest.raises(ValueError, match=expected):
+        save_sparse({}, tmp_path / "a.safetensors", metadata={"epoch": 3})
+
+
+def test_options_are_for_what_is_packed(tmp_path):
+    """A padding row of an embedding is no reason to refuse a pattern, nor a large dense weight one to refuse fp16."""
+    state = {"w": two_of_four((32, 64)), "embedding": torch.randn(50, 32), "large": torch.full((8, 8), 1e6)}
+    state["embedding"][0] = 0
+    save_sparse(state, tmp_path / "a.safetensors", pattern="2:4", values="fp16")
+    assert same(load_sparse(tmp_path / "a.safetensors"), {**state, "w": state["w"].half().float()})
 
 
 # ---- units and codecs -----------------------------------------------------------------------------------------------
@@ -307,7 +365,9 @@ def test_golden_bytes():
     """What version 1 means: a file that was written once is read for ever."""
     weight = torch.zeros(8, 16)
     weight[0:4, 3], weight[4, 7] = torch.tensor([1.0, -2.0, 0.5, 0.0]), 3.0
-    done = packed.pack(weight, "raw", "F32", Blocks((4, 1)))
+    kept = packed.kept_of(weight)
+    assert kept is not None
+    done = packed.pack(weight, kept, "raw", "F32", Blocks((4, 1)))
     assert done is not None
     row = b"".join(bytes(piece) for piece in done[1])
     head = {
@@ -378,6 +438,21 @@ def test_memory_beside_the_largest_tensor(tmp_path, codec):
     assert unpacking < 2 * state["0"].nbytes
 
 
+def test_a_bar_for_big_models(tmp_path, monkeypatch, capsys):
+    """Where somebody looks; small ones are done before it could be read."""
+    state = {"w": pruned((64, 64), (1, 1), 0.9), "b": torch.randn(9)}
+    save_sparse(state, tmp_path / "a.safetensors")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(module, "BAR_FROM", 0)
+    save_sparse(state, tmp_path / "a.safetensors")
+    assert capsys.readouterr().err == ""  # a file or a pipe
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    save_sparse(state, tmp_path / "a.safetensors")
+    load_sparse(tmp_path / "a.safetensors")
+    err = capsys.readouterr().err
+    assert "packing: 100%" in err and "unpacking: 100%" in err
+
+
 # ---- narrower values ------------------------------------------------------------------------------------------------
 
 
@@ -422,10 +497,17 @@ def test_options_that_are_refused(tmp_path, options, message):
     assert not list(tmp_path.iterdir())
 
 
+class Wrapped(Tensor):
+    """What is in a subclass is its own affair."""
+
+
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"a": 3}, r"^a: only tensors are exported, got int; leave it out$"),
+        ({"a": 3}, r"^a: only plain tensors are exported, got int; leave it out$"),
+        ({"a": Wrapped(torch.ones(2))}, r"^a: only plain tensors are exported, got Wrapped; leave it out$"),
+        ({"\ud800": torch.ones(2)}, r"^state dict: names must be strings other than '__metadata__', got '\\ud800'$"),
+        ({"a": torch.ones([1] * 65)}, r"^a: has a shape that cannot be, got \[1, 1, "),
         ({3: torch.ones(2)}, r"^state dict: names must be strings other than '__metadata__', got 3$"),
         ({"__metadata__": torch.ones(2)}, r"names must be strings other than"),
         ({"a": torch.ones(2, device="meta")}, r"^a: cannot be exported, got a meta tensor; give a dense tensor"),
@@ -598,7 +680,7 @@ def swap(header: dict, table: dict) -> None:
         (lambda h, t: h["dense"].update(dtype="I32"), r"dense: its entry in the header cannot be"),
         (
             lambda h, t: (h["dense"].update(shape=[2**60]), t["tensors"]["dense"].update(shape=[2**60])),
-            r"dense: its entry",
+            r"dense: has a shape that cannot be",
         ),
         (lambda h, t: h["dense"].update(data_offsets=[0, 80]), r"(begins at byte|cannot be)"),
         (lambda h, t: t["tensors"]["one"]["packed"].update(shape=[2**20, 2**20]), r"one: (has|would|names)"),
@@ -636,6 +718,99 @@ def test_claims_that_cannot_be(file, change, message):
     rewritten(path, change)
     with pytest.raises(CheckpointError, match=message):
         load_sparse(path)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        [0, 10**30],
+        [0, 2**47, 2**47],
+        [0, 2**62, 2**62],
+        [1] * 65,
+        [10**4299],
+        [2**47] * 5000,
+        [True],
+        [1.0],
+        ["1"],
+        [None],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["dense", "packed"])
+def test_shapes_that_cannot_be(file, kind, shape):
+    path, _ = file
+
+    def change(header: dict, table: dict) -> None:
+        if kind == "dense":
+            header["dense"]["shape"] = table["tensors"]["dense"]["shape"] = shape
+        else:
+            table["tensors"]["one"]["packed"]["shape"] = shape
+
+    rewritten(path, change)
+    with pytest.raises(
+        CheckpointError, match=r"(dense|one): (has a shape that cannot be|its entry|has a head|names units)"
+    ):
+        load_sparse(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h, t: t.update(aliases={"a": ["dense"]}),
+        lambda h, t: t.update(aliases={"__metadata__": "dense"}),
+        lambda h, t: t.update(aliases=[]),
+        lambda h, t: t.update(metadata={"a": 3}),
+        lambda h, t: t["tensors"]["one"].update(packed=[]),
+        lambda h, t: t["tensors"]["dense"].update(packed=t["tensors"]["one"]["packed"]),
+        lambda h, t: h["dense"].update(data_offsets=[10**4000, 10**4000 + 80]),
+        lambda h, t: h["dense"].update(data_offsets=[-80, 0]),
+    ],
+)
+def test_other_claims_that_cannot_be(file, change):
+    path, _ = file
+    rewritten(path, change)
+    with pytest.raises(CheckpointError, match=r"^.*a\.safetensors: "):
+        load_sparse(path)
+
+
+def test_a_table_that_is_no_text(file):
+    path, _ = file
+    raw = path.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    text = "\ud800"
+    check = f"{zlib.crc32(text.encode('utf-8', 'surrogatepass')):08x}"
+    header["__metadata__"] |= {"pruning_core": text, "pruning_core_crc32": check}
+    new = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(new)) + new + raw[8 + length :])
+    with pytest.raises(CheckpointError, match=r"its header is not JSON"):
+        load_sparse(path)
+
+
+def test_many_names_take_no_longer_than_they_are(tmp_path):
+    """Twice the last of 200,000 names: looking for each among all would take an hour."""
+    names = ",".join(f'"{i}":0' for i in range(200_000)) + ',"199999":0'
+    header = ("{" + names + "}").encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(CheckpointError, match=r"'199999' stands there twice"):
+        load_sparse(path)
+
+
+def test_tied_names_are_no_bomb_either(tmp_path):
+    """As tensors they share their memory; as an ordinary file they would not."""
+    state = {f"tied{i}": value for value in [torch.randn(2**18)] for i in range(70)}
+    path = tmp_path / "a.safetensors"
+    save_sparse(state, path)
+    assert len(load_sparse(path)) == 70
+    module.write_dense(path, tmp_path / "b.safetensors")
+    raw = path.read_bytes()
+    aliases = {f"more{i}": "tied0" for i in range(70_000)}
+    rewritten(path, lambda h, t: t.update(aliases=aliases))
+    assert raw and len(load_sparse(path)) == 70_001
+    with pytest.raises(CheckpointError, match=r"would become 73,[\d,]+ bytes, got 1,048,576 that are stored"):
+        module.write_dense(path, tmp_path / "c.safetensors")
+    assert not (tmp_path / "c.safetensors").exists()
 
 
 def test_a_duplicate_name(file):

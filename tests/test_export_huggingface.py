@@ -29,7 +29,7 @@ from transformers.quantizers.base import HfQuantizer
 
 import pruning_core
 from pruning_core import CheckpointError
-from pruning_core.export import huggingface, load_sparse, save_pretrained_sparse
+from pruning_core.export import huggingface, load_sparse, save_pretrained_sparse, save_sparse
 from pruning_core.export.sparse_file import Choice
 
 ROOT = Path(pruning_core.__file__).parent.parent
@@ -144,8 +144,13 @@ def test_shards(tmp_path):
     save_pretrained_sparse(model, tmp_path / "sparse")
     names = sorted(path.name for path in (tmp_path / "sparse").iterdir())
     assert names == ["README.md", "config.json", "model.safetensors"]
+    # What is not its own stays.
+    others = ["model.sparse.safetensors", "model_ema.safetensors", "model-step1000.safetensors", "vocab.txt"]
+    for other in others:
+        (tmp_path / "sparse" / other).write_text("mine")
     save_pretrained_sparse(model, tmp_path / "sparse", max_shard_size="40KB")
     assert not (tmp_path / "sparse/model.safetensors").exists()
+    assert all((tmp_path / "sparse" / other).read_text() == "mine" for other in others)
 
 
 def python(program: str) -> subprocess.CompletedProcess[str]:
@@ -200,11 +205,10 @@ def test_push_to_hub(tmp_path):
         save_pretrained_sparse(bert(), tmp_path / "mine", push_to_hub="me/mine")
     api().create_repo.assert_called_once_with("me/mine", exist_ok=True)
     api().upload_folder.assert_called_once()
-    assert api().upload_folder.call_args.kwargs | {"commit_message": ""} == {
-        "repo_id": "me/mine",
-        "folder_path": tmp_path / "mine",
-        "commit_message": "",
-    }
+    given = api().upload_folder.call_args.kwargs
+    assert (given["repo_id"], given["folder_path"]) == ("me/mine", tmp_path / "mine")
+    assert "model.safetensors" in given["delete_patterns"]  # that of an upload with another number of shards
+    assert 'from_pretrained("me/mine")' in (tmp_path / "mine/README.md").read_text()
 
 
 def test_a_folder_there_and_back(tmp_path):
@@ -213,7 +217,6 @@ def test_a_folder_there_and_back(tmp_path):
     (tmp_path / "dense/vocab.txt").write_text("a\nb\n")
     huggingface.pack_folder(tmp_path / "dense", tmp_path / "sparse", Choice.of("entropy", "fp32", "auto"))
     huggingface.unpack_folder(tmp_path / "sparse", tmp_path / "again")
-    (tmp_path / "again/README.md").unlink()
     names = sorted(path.name for path in (tmp_path / "dense").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "again").iterdir())
     for name in names:
@@ -221,12 +224,31 @@ def test_a_folder_there_and_back(tmp_path):
         assert json.loads(one) == json.loads(other) if name == "config.json" else one == other
 
 
+def indexed(folder: Path, weight_map: object) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "config.json").unlink(), r"dense: is not a model's folder \(.*\); save it with"),
-        (lambda folder: (folder / "config.json").write_text("{"), r"dense: is not a model's folder \("),
-        (lambda folder: (folder / "model.safetensors").unlink(), r"dense: has no model\.safetensors; save it with"),
+        (lambda folder: (folder / "config.json").unlink(), r"dense: has no config\.json; give a folder that save_pre"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json: cannot be read \("),
+        (lambda folder: (folder / "config.json").write_text("[" * 10**5), r"config\.json: cannot be read \("),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json: must hold an object, got list"),
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            r"dense: has no model\.safetensors; save the model with",
+        ),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), r"dense/model\.safetensors: not a readable"),
+        (lambda folder: indexed(folder, {}), r"index\.json: names no weights"),
+        (lambda folder: indexed(folder, []), r"index\.json: names no weights"),
+        (lambda folder: indexed(folder, {"a": 1}), r"index\.json: names a file that cannot be, got 1"),
+        (lambda folder: indexed(folder, {"a": ["b"]}), r"index\.json: names a file that cannot be, got \['b'\]"),
+        (lambda folder: indexed(folder, {"a": "../x.safetensors"}), r"names a file that cannot be, got '\.\./x\."),
+        (lambda folder: indexed(folder, {"a": "/x.safetensors"}), r"names a file that cannot be, got '/x\."),
+        (lambda folder: indexed(folder, {"a": "config.json"}), r"names a file that cannot be, got 'config\.json'"),
+        (lambda folder: indexed(folder, {"a": "b.safetensors"}), r"dense: has no b\.safetensors; save the model"),
         (
             lambda folder: (folder / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}'),
             r"dense: is packed or quantized already; give the folder it was made from",
@@ -260,6 +282,18 @@ def test_a_damaged_file_is_refused_by_from_pretrained(tmp_path):
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "sparse")
     with pytest.raises(CheckpointError, match=r"its bytes were changed since they were written"):
         load_sparse(path)
+
+
+@pytest.mark.parametrize("name", ["x.(", "x.(a|a)*b", "x."])
+def test_names_that_are_no_parameter(tmp_path, name):
+    """transformers takes what a converter is for as a regular expression."""
+    save_pretrained_sparse(bert(), tmp_path / "sparse")
+    path = tmp_path / "sparse/model.safetensors"
+    save_sparse({**load_sparse(path), name: torch.eye(64)}, path)
+    with pytest.raises(
+        CheckpointError, match=r": is no name of a parameter; save the model with save_pretrained_sparse"
+    ):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "sparse")
 
 
 def test_an_interrupted_save_leaves_the_old_model(tmp_path, monkeypatch):

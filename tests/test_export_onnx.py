@@ -161,6 +161,25 @@ def test_a_difference_is_found(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("expected", "got", "difference"),
+    [
+        ([1.0, 1.0], [1.0, 1.5], 0.5),
+        ([100.0, 1.0], [100.0, 1.5], 0.005),
+        ([1.0, 1.0], [np.nan, 1.0], np.inf),
+        ([np.nan, 1.0], [1.0, 1.0], np.inf),
+        ([np.inf, 1.0], [5.0, 1.0], np.inf),
+        ([np.inf, 1.0], [-np.inf, 1.0], np.inf),
+        ([np.inf, 1.0], [np.inf, 1.5], 0.5),
+        ([np.nan, np.inf], [np.nan, np.inf], 0.0),
+        ([], [], 0.0),
+    ],
+)
+def test_the_difference(expected, got, difference):
+    arrays = [np.array(each, dtype=np.float32) for each in (expected, got)]
+    assert onnx_model._difference([arrays[0]], [arrays[1]]) == pytest.approx(difference)
+
+
 def test_sparse_weights_that_are_read_otherwise(tmp_path, monkeypatch):
     thin = onnx_model._thin
 
@@ -178,9 +197,31 @@ def test_sparse_weights_that_are_read_otherwise(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+class Other(nn.Module):
+    def forward(self, x: Tensor) -> object:
+        return {"sum": x + 1, "cache": {x.shape}}
+
+
+def test_outputs_that_are_no_tensors(tmp_path):
+    expected = r"^model: its output cache must be tensors, got set; wrap the model and return what counts$"
+    with pytest.raises(ValueError, match=expected):
+        export_onnx(Other(), torch.randn(2, 4), tmp_path / "a.onnx")
+
+
+def test_bfloat16(tmp_path):
+    with pytest.raises(CheckpointError, match=r"ONNX Runtime on a CPU does not run bfloat16; model\.float\(\) first"):
+        export_onnx(nn.Linear(4, 4).bfloat16(), torch.randn(2, 4), tmp_path / "a.onnx")
+
+
+def test_an_example_with_a_gradient(tmp_path):
+    assert export_onnx(nn.Linear(4, 4), torch.randn(2, 4, requires_grad=True), tmp_path / "a.onnx") <= 1e-4
+
+
 def test_too_large(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_model, "LARGEST", 100)
-    with pytest.raises(CheckpointError, match=r"a\.onnx: an ONNX file holds at most 2 GiB, got [\d,]+ bytes"):
+    monkeypatch.setattr(onnx_model, "LARGEST", 79)
+    with pytest.raises(
+        CheckpointError, match=r"a\.onnx: an ONNX file holds at most 2 GiB, got 80 bytes; export it in parts"
+    ):
         export_onnx(nn.Linear(4, 4), torch.randn(2, 4), tmp_path / "a.onnx")
 
 

@@ -36,10 +36,13 @@ CASES = {
     "odd": (lambda: two_of_four(24, 64), "shape must be multiples of 32x64", "shape must be multiples of 16x16"),
     "fp32": (lambda: two_of_four(32, 64, torch.float32), *["dtype must be float16 or bfloat16"] * 2),
     "dense": (lambda: nn.Linear(64, 32).half(), *["is not 2:4 along its inputs"] * 2),
+    "empty": (lambda: nn.Linear(4, 0).half(), *["is not 2:4 along its inputs"] * 2),
+    "without inputs": (lambda: nn.Linear(0, 4).half(), *["is not 2:4 along its inputs"] * 2),
     "ragged": (lambda: nn.Linear(30, 32).half(), *["is not 2:4 along its inputs"] * 2),
 }
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("name", CASES)
 def test_which_layers_fit(name):
     make, cutlass, cusparselt = CASES[name]

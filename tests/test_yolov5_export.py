@@ -108,6 +108,13 @@ def test_what_is_refused(best, tmp_path, capsys):
         f"path: was not packed here, got '{tmp_path / 'b.sparse.safetensors'}'; python -m pruning_core unpack reads it"
     )
     assert refused(capsys, tmp_path / "b.sparse.safetensors") == expected
+    for about in ("{}", "[]", '{"names": 3, "model": {}}'):
+        save_sparse(
+            {"w": torch.ones(3)}, tmp_path / "d.sparse.safetensors", metadata={"kind": "apps/yolov5", "about": about}
+        )
+        assert refused(capsys, tmp_path / "d.sparse.safetensors").startswith(
+            "path: its weights and its description do not fit ("
+        )
     ran(capsys, best)
     packed = tmp_path / "best.sparse.safetensors"
     before = packed.read_bytes()
@@ -116,6 +123,8 @@ def test_what_is_refused(best, tmp_path, capsys):
     assert refused(capsys, packed).startswith(f"--output: is there already, got '{best}'")
     ran(capsys, best, "--overwrite")
     assert packed.read_bytes() == before
+    expected = "--format: onnx is made of a .pt, got a packed file; unpack it first, without --format"
+    assert refused(capsys, packed, "--format=onnx") == expected
     packed.write_bytes(before[:-1])
     assert refused(capsys, packed, "--output", tmp_path / "c.pt").startswith(f"{packed}: must be ")
     assert not (tmp_path / "c.pt").exists()

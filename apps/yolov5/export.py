@@ -39,6 +39,8 @@ def main(options: argparse.Namespace) -> int:
     """Decides by what the file is."""
     try:
         if options.path.name.endswith(".safetensors"):
+            if options.format == "onnx":
+                raise BadInput("--format: onnx is made of a .pt, got a packed file; unpack it first, without --format")
             print(unpack(options.path, _free(options, options.path.name.removesuffix(PACKED) + ".pt")))
         elif options.format == "onnx":
             print(
@@ -48,7 +50,7 @@ def main(options: argparse.Namespace) -> int:
             print(pack(options.path, _free(options, options.path.stem + PACKED)))
     except BadInput as error:
         leave(str(error))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         leave(" ".join(str(error).split()))
     return 0
 
@@ -88,14 +90,16 @@ def unpack(source: Path, out: Path) -> str:
     metadata = read_metadata(source)
     if metadata.get("kind") != KIND:
         raise BadInput(f"path: was not packed here, got {str(source)!r}; python -m pruning_core unpack reads it")
-    about = json.loads(metadata["about"])
-    names = {int(i): name for i, name in about["names"].items()}
-    model = adapter.new_model(about["model"], names)
-    model.load_state_dict(load_sparse(source))
-    kept = {name: about[name] or {} for name in ("train_args", "train_metrics")}
-    adapter.save_model(
-        model, out, arguments=kept["train_args"], metrics=kept["train_metrics"], epoch=about["epoch"] or 0
-    )
+    try:
+        about = json.loads(metadata["about"])
+        names = {int(i): str(name) for i, name in about["names"].items()}
+        model = adapter.new_model(about["model"], names)
+        model.load_state_dict(load_sparse(source))
+        arguments, metrics, epoch = about["train_args"] or {}, about["train_metrics"] or {}, about["epoch"] or 0
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise BadInput(f"path: its weights and its description do not fit ({reason}), got {str(source)!r}") from error
+    adapter.save_model(model, out, arguments=arguments, metrics=metrics, epoch=epoch)
     return f"{out}: ultralytics.YOLO loads it"
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from pruning_core.export.packed import as_bits
+from pruning_core.export.streams import nonzero
 from pruning_core.export.units import Blocks, Units, entropy
 
 EXPONENT_BITS = {"F64": 11, "F32": 8, "F16": 5, "BF16": 8}
@@ -20,7 +21,7 @@ def bound_bytes(weight: Tensor, units: Units, dtype: str) -> float:
     taken as independent of their neighbours, and so are the units.
     """
     bits = as_bits(weight)
-    kept = (weight != 0).numpy()
+    kept = nonzero(bits)
     if isinstance(units, Blocks):
         mask = units.mask_bits(units.alive(kept))
     else:

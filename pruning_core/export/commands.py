@@ -6,45 +6,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from pruning_core.checkpoint import CheckpointError
 from pruning_core.export import container, huggingface, sparse_file
 from pruning_core.export.bound import bound_bytes
+from pruning_core.export.reader import opened
 from pruning_core.export.sparse_file import Choice
 
 SUFFIX = ".safetensors"
+START = 4096
 
 
 # ---- what is at a path ----------------------------------------------------------------------------------------------
 
 
 def is_packed(path: Path) -> bool:
-    """A file of ``save_sparse``, or one that was until it was damaged: its table's name is in the header."""
+    """A file of ``save_sparse``, whole or damaged: the name of its table is what the header begins with."""
     if path.suffix != SUFFIX or not path.is_file():
         return False
     with path.open("rb") as file:
-        start = file.read(container.LONGEST_HEADER) if path.stat().st_size < 2**20 else file.read(2**20)
-    return f'"{container.OURS}"'.encode() in start
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return dict(safetensors.torch.load_file(path))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; check the path of the checkpoint") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+        return f'"{container.OURS}":'.encode() in file.read(START)
 
 
 def packed_files(path: Path) -> list[Path]:
     """The packed file at the path, or those in a model's folder."""
-    files = sorted(path.glob(f"model*{SUFFIX}")) if path.is_dir() else [path]
-    if not files:
-        raise CheckpointError(f"{path}: has no model{SUFFIX}; give a folder that save_pretrained_sparse wrote")
-    return files
+    return [path / name for name in huggingface.read_folder(path)[1]] if path.is_dir() else [path]
 
 
 def check_free(path: Path, overwrite: bool) -> None:
@@ -110,9 +97,9 @@ class Total(NamedTuple):
 
 def _verified(path: Path) -> Total:
     total = Total()
-    with sparse_file.opened(path) as (file, header):
-        for name, entry in header.entries.items():
-            tensor, head = sparse_file.read_tensor(file, header, name), sparse_file.head_of(entry)
+    with opened(path) as reader:
+        for name in reader:
+            tensor, head = reader.read(name), reader.heads[name]
             weights, zeros = (tensor.numel(), head.zeros) if head else (0, 0)
             total += Total(bool(head), not head, weights, zeros, 0, tensor.nbytes)
     return total + Total(stored=path.stat().st_size)
@@ -123,21 +110,19 @@ def table(path: Path) -> str:
     head = ("weight", "shape", "unit", "zeros", "bytes", "of dense", "of bound")
     rows: list[tuple[str, ...]] = [head]
     others, dense_bytes = 0, 0
-    with sparse_file.opened(path) as (file, header):
-        for name, entry in header.entries.items():
-            packed = sparse_file.head_of(entry)
-            weight = sparse_file.read_tensor(file, header, name)
+    with opened(path) as reader:
+        for name in reader:
+            weight, packed = reader.read(name), reader.heads[name]
             dense_bytes += weight.nbytes
             if packed is None:
                 others += 1
                 continue
-            size = entry.end - entry.begin
+            size = reader.stored(name)
             bound = bound_bytes(weight.to(packed.stored_dtype), packed.units, packed.values)
-            shape, zeros = "x".join(map(str, packed.shape)), f"{packed.zeros / weight.numel():.2%}"
-            share = f"{size / weight.nbytes:.2%}"
-            rows.append(
-                (name, shape, str(packed.units), zeros, f"{size:,}", share, f"{size / bound:.3f}" if bound else "")
-            )
+            shape, zeros = "x".join(map(str, packed.shape)), f"{packed.zeros / max(weight.numel(), 1):.2%}"
+            share = f"{size / max(weight.nbytes, 1):.2%}"
+            above = f"{size / bound:.3f}" if bound else ""
+            rows.append((name, shape, str(packed.units), zeros, f"{size:,}", share, above))
     size = path.stat().st_size
     lines = _aligned(rows) if len(rows) > 1 else []
     lines.append(f"{len(rows) - 1} packed, {others} other tensors: {_share(size, dense_bytes)}")

@@ -12,7 +12,8 @@ import math
 import shutil
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +28,8 @@ VERSION = 1
 OURS = "pruning_core"
 CHECK = "pruning_core_crc32"
 LONGEST_HEADER = 100_000_000
+MOST_AXES = 64
+LARGEST = 2**48
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -163,8 +166,7 @@ def read_header(file: BinaryIO) -> Header:
     if not 0 < length <= min(size - 8, LONGEST_HEADER):
         raise CheckpointError(f"is not a whole safetensors file: {size:,} bytes, with a header of {length:,}")
     plain = _json(file.read(length))
-    metadata = plain.pop("__metadata__", None)
-    about = _table(metadata)
+    about = _table(plain.pop("__metadata__", None))
     table = about.pop("tensors")
     if list(table) != list(plain):
         raise CheckpointError(f"its table and its header name different tensors{_first_other(table, plain)}")
@@ -183,10 +185,6 @@ def read_header(file: BinaryIO) -> Header:
     return Header(entries, about, 8 + length)
 
 
-def is_ours(metadata: Mapping[str, str] | None) -> bool:
-    return OURS in (metadata or {})
-
-
 def _json(text: bytes) -> dict[str, Any]:
     try:
         plain = json.loads(text, object_pairs_hook=_once)
@@ -198,10 +196,11 @@ def _json(text: bytes) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    plain = dict(pairs)
-    if len(plain) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r:.80} stands there twice")
+    plain = {}
+    for name, value in pairs:
+        if name in plain:
+            raise ValueError(f"{name!r:.80} stands there twice")
+        plain[name] = value
     return plain
 
 
@@ -213,9 +212,10 @@ def _table(metadata: Any) -> dict[str, Any]:
             raise CheckpointError("its metadata are damaged")
         case _:
             raise CheckpointError("has no table of pruning_core; an ordinary safetensors file is read by safetensors")
-    if check != f"{zlib.crc32(text.encode('utf-8', 'surrogatepass')):08x}":
+    raw = text.encode("utf-8", "surrogatepass")
+    if check != f"{zlib.crc32(raw):08x}":
         raise CheckpointError("its table was changed since it was written (CRC-32 differs)")
-    about = _json(text.encode())
+    about = _json(raw)
     if about.get("version") != VERSION:
         raise CheckpointError(
             f"is of version {about.get('version')!r:.20}, this pruning_core reads {VERSION}; update it"
@@ -226,16 +226,41 @@ def _table(metadata: Any) -> dict[str, Any]:
 
 
 def _entry(name: str, plain: Any, note: Any) -> Entry:
+    with named(name):
+        return _checked(plain, note)
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """What is wrong with a tensor is said with its name."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+
+
+def _checked(plain: Any, note: Any) -> Entry:
     match plain, note:
         case (
             {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]},
             {"dtype": str(noted), "shape": [*noted_shape], "crc32": int()},
         ) if len(plain) == 3 and (dtype, shape) == (noted, noted_shape) and dtype in DTYPES:
-            if all(type(length) is int and length >= 0 for length in shape):
-                nbytes = math.prod(shape) * DTYPES[dtype].itemsize
-                if begin >= 0 and end - begin == nbytes:
-                    return Entry(dtype, tuple(shape), begin, end, note)
-    raise CheckpointError(f"{name}: its entry in the header cannot be, got {plain!r:.200}")
+            sizes = read_shape(shape)
+            if 0 <= begin < LARGEST and end - begin == math.prod(sizes) * DTYPES[dtype].itemsize:
+                return Entry(dtype, sizes, begin, end, note)
+    raise CheckpointError(f"its entry in the header cannot be, got {plain!r:.200}")
+
+
+def read_shape(shape: Sequence[Any]) -> tuple[int, ...]:
+    """Axes that numpy and torch can have, multiplied no further than to what a file can hold."""
+    size = 1
+    for length in shape[: MOST_AXES + 1]:
+        size *= max(length, 1) if type(length) is int and 0 <= length < LARGEST else LARGEST
+        if size >= LARGEST:
+            break
+    if size >= LARGEST or len(shape) > MOST_AXES:
+        raise CheckpointError(f"has a shape that cannot be, got {list(shape[:MOST_AXES])!r:.80}")
+    return tuple(shape)
 
 
 def _first_other(table: Mapping[str, Any], plain: Mapping[str, Any]) -> str:

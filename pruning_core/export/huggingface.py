@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,13 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 from pruning_core.checkpoint import CheckpointError
-from pruning_core.export.sparse_file import AUTO, Choice, write_dense, write_state
+from pruning_core.export.sparse_file import AUTO, Choice, read_safetensors, write_dense, write_state
 
 CONFIG, WEIGHTS, INDEX, CARD = "config.json", "model.safetensors", "model.safetensors.index.json", "README.md"
-METHOD = {"quant_method": "pruning_core"}
+METHOD = "pruning_core"
+OWN = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+"""The names that ``save_pretrained`` gives to weights and their index."""
+CARD_MARK = "Its zeros are packed"
 CARD_TEXT = """---
 library_name: transformers
 tags: [pruning_core, sparse]
@@ -55,37 +57,40 @@ def save_pretrained_sparse(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as dense:
         model.save_pretrained(dense, max_shard_size=max_shard_size)
-        pack_folder(dense, folder, choice)
+        pack_folder(dense, folder, choice, push_to_hub)
     if push_to_hub is not None:
         upload(folder, push_to_hub)
 
 
-def pack_folder(source: str | Path, folder: str | Path, choice: Choice) -> None:
-    """The same for a folder that ``save_pretrained`` wrote: all other files are copied."""
+def pack_folder(source: str | Path, folder: str | Path, choice: Choice, name: str | None = None) -> None:
+    """The same for a folder that ``save_pretrained`` wrote; its other files are copied. ``name`` is for the card."""
     source, folder = Path(source), Path(folder)
-    config, shards = _read(source)
+    config, shards = read_folder(source)
     if config.get("quantization_config"):
         raise CheckpointError(f"{source}: is packed or quantized already; give the folder it was made from")
     with _made_beside(folder, source, shards) as made:
         for shard in shards:
-            write_state(load_file(source / shard), made / shard, choice)
-        _write_json(made / CONFIG, {**config, "quantization_config": METHOD})
+            write_state(read_safetensors(source / shard), made / shard, choice)
+        _write_json(made / CONFIG, {**config, "quantization_config": {"quant_method": METHOD}})
         if not (made / CARD).exists() and not (folder / CARD).exists():
             kind = (config.get("architectures") or ["AutoModel"])[0]
             sizes = {"dense": _size(source, shards), "packed": _size(made, shards)}
-            (made / CARD).write_text(CARD_TEXT.format(name=folder.name, kind=kind, **sizes))
+            card = CARD_TEXT.format(name=name or folder.name, kind=kind, **sizes)
+            (made / CARD).write_text(card, encoding="utf-8")
 
 
 def unpack_folder(source: str | Path, folder: str | Path) -> None:
-    """The dense folder again."""
+    """The dense folder again, without a card that speaks of packed weights."""
     source, folder = Path(source), Path(folder)
-    config, shards = _read(source)
-    if config.pop("quantization_config", None) != METHOD:
+    config, shards = read_folder(source)
+    if config.pop("quantization_config", None) != {"quant_method": METHOD}:
         raise CheckpointError(f"{source}: is not packed; give a folder that save_pretrained_sparse wrote")
     with _made_beside(folder, source, shards) as made:
         for shard in shards:
             write_dense(source / shard, made / shard)
         _write_json(made / CONFIG, config)
+        if (made / CARD).exists() and CARD_MARK in (made / CARD).read_text(encoding="utf-8", errors="replace"):
+            (made / CARD).unlink()
 
 
 @contextmanager
@@ -106,24 +111,36 @@ def _size(folder: Path, shards: list[str]) -> int:
 
 
 def _write_json(path: Path, plain: dict[str, Any]) -> None:
-    path.write_text(json.dumps(plain, indent=2) + "\n")
+    path.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
 
 
-def _read(source: Path) -> tuple[dict[str, Any], list[str]]:
+def read_folder(source: Path) -> tuple[dict[str, Any], list[str]]:
     """The model's config and the names of its files of weights."""
-    try:
-        config = json.loads((source / CONFIG).read_text())
-        index = source / INDEX
-        if not (source / WEIGHTS).exists() and index.exists():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            shards = [WEIGHTS]
-        missing = [shard for shard in (CONFIG, *shards) if not (source / shard).is_file()]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{source}: is not a model's folder ({error}); save it with save_pretrained") from None
-    if missing:
-        raise CheckpointError(f"{source}: has no {missing[0]}; save it with save_pretrained")
+    config, shards = _read_json(source, CONFIG), [WEIGHTS]
+    if not (source / WEIGHTS).exists() and (source / INDEX).exists():
+        names = _read_json(source, INDEX).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise CheckpointError(f"{source / INDEX}: names no weights; save the model with save_pretrained")
+        for name in names.values():  # a name, not a path to somewhere else
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise CheckpointError(f"{source / INDEX}: names a file that cannot be, got {name!r:.80}")
+        shards = sorted(set(names.values()))
+    for shard in shards:
+        if not (source / shard).is_file():
+            raise CheckpointError(f"{source}: has no {shard}; save the model with save_pretrained")
     return config, shards
+
+
+def _read_json(source: Path, name: str) -> dict[str, Any]:
+    try:
+        plain = json.loads((source / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{source}: has no {name}; give a folder that save_pretrained wrote") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{source / name}: cannot be read ({error})") from None
+    if not isinstance(plain, dict):
+        raise CheckpointError(f"{source / name}: must hold an object, got {type(plain).__name__}")
+    return plain
 
 
 def _move(made: Path, folder: Path) -> None:
@@ -132,9 +149,9 @@ def _move(made: Path, folder: Path) -> None:
     new = {path.name for path in made.iterdir()}
     for path in made.iterdir():
         path.replace(folder / path.name)
-    for old in (*folder.glob("model*.safetensors"), folder / INDEX):
-        if old.name not in new:
-            old.unlink(missing_ok=True)
+    for old in folder.iterdir():
+        if old.name not in new and re.fullmatch(OWN, old.name):
+            old.unlink()
 
 
 def upload(folder: Path, repository: str) -> None:
@@ -142,4 +159,9 @@ def upload(folder: Path, repository: str) -> None:
 
     api = HfApi()
     api.create_repo(repository, exist_ok=True)
-    api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Packed by pruning_core")
+    api.upload_folder(
+        repo_id=repository,
+        folder_path=folder,
+        commit_message="Packed by pruning_core",
+        delete_patterns=["model.safetensors", "model-*-of-*.safetensors", INDEX],  # of another number of shards
+    )

@@ -38,16 +38,15 @@ def export_onnx(
 
     That is the largest difference over the largest output (over 1 where that is smaller); more than 1e-4 is an error.
     ``example`` is the input, a tuple of them, or a dict of keyword arguments. With ``dynamic_batch`` the first axis of
-    all inputs may have any length; lengths of 1 and 3 are tried. ``sparse=True`` stores weights with more than two
-    thirds of zeros as ``sparse_initializer``: a smaller file that ONNX Runtime reads to the same numbers and runs no
-    faster. Not every other runtime reads it.
+    all inputs may have any length; lengths of 1 and 3 are tried. ``sparse=True`` stores weights that become smaller by
+    it (fp32: more than two thirds of zeros) as ``sparse_initializer``, which ONNX Runtime reads to the same numbers and
+    runs no faster. Not every other runtime reads it.
     """
     onnx = _installed()
-    model = copy.deepcopy(model).eval()
+    _check_size(model, path)
+    model = copy.deepcopy(model).cpu().eval()
     inputs = _inputs(model, example)
     made = _exported(onnx, model, _rows(inputs, 2) if dynamic_batch else inputs, dynamic_batch)
-    if made.ByteSize() > LARGEST:
-        raise CheckpointError(f"{path}: an ONNX file holds at most 2 GiB, got {made.ByteSize():,} bytes")
     trials = [_rows(inputs, 1), _rows(inputs, 3)] if dynamic_batch else [inputs]
     dense = [_run(made, trial) for trial in trials]
     difference = max(_difference(_torch(model, trial), got) for trial, got in zip(trials, dense, strict=True))
@@ -73,6 +72,15 @@ def _installed() -> Any:
     return onnx
 
 
+def _check_size(model: nn.Module, path: str | Path) -> None:
+    tensors = [*model.parameters(), *model.buffers()]
+    size = sum(tensor.nbytes for tensor in tensors)
+    if size > LARGEST:
+        raise CheckpointError(f"{path}: an ONNX file holds at most 2 GiB, got {size:,} bytes; export it in parts")
+    if any(tensor.dtype is torch.bfloat16 for tensor in tensors):
+        raise CheckpointError(f"{path}: ONNX Runtime on a CPU does not run bfloat16; model.float() first")
+
+
 def _inputs(model: nn.Module, example: Any) -> Inputs:
     """By name, whichever way they were given."""
     try:
@@ -86,7 +94,7 @@ def _inputs(model: nn.Module, example: Any) -> Inputs:
     for name, value in inputs.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"example: {name} must be a tensor, got {type(value).__name__}; give a dict of tensors")
-    return inputs
+    return {name: value.detach().cpu() for name, value in inputs.items()}
 
 
 def _rows(inputs: Inputs, count: int) -> Inputs:
@@ -147,8 +155,11 @@ def _leaves(outputs: Any, name: str = "") -> list[tuple[str, Tensor]]:
         inner = [(str(key), value) for key, value in outputs.items()]
     elif isinstance(outputs, list | tuple):
         inner = [(str(i), value) for i, value in enumerate(outputs)]
-    else:
+    elif outputs is None or isinstance(outputs, bool | int | float | str):
         inner = []
+    else:
+        kind = type(outputs).__name__
+        raise ValueError(f"model: its output {name} must be tensors, got {kind}; wrap the model and return what counts")
     return [leaf for key, value in inner for leaf in _leaves(value, f"{name}_{key}" if name else key)]
 
 
@@ -167,13 +178,18 @@ def _run(made: Any, inputs: Inputs) -> Outputs:
 
 
 def _difference(expected: Outputs, got: Outputs) -> float:
+    """The largest, over all outputs; infinite where one is finite and the other is not."""
     worst = 0.0
     for one, other in zip(expected, got, strict=True):
         if one.shape != other.shape:
             raise CheckpointError(f"ONNX: an output must be {list(one.shape)}, got {list(other.shape)}")
-        if one.size:
-            scale = max(1.0, float(np.abs(one).max()))
-            worst = max(worst, float(np.abs(one.astype(np.float64) - other).max()) / scale)
+        finite = np.isfinite(one)
+        if not np.array_equal(one[~finite], other[~finite], equal_nan=True) or not np.isfinite(other[finite]).all():
+            return float("inf")
+        if finite.any():
+            scale = max(1.0, float(np.abs(one[finite]).max()))
+            gap = np.abs(one[finite].astype(np.float64) - other[finite].astype(np.float64))
+            worst = max(worst, float(gap.max()) / scale)
     return worst
 
 

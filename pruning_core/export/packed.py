@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pruning_core.checkpoint import CheckpointError
 from pruning_core.export import units as units_of
+from pruning_core.export.container import read_shape
 from pruning_core.export.streams import (
     BITS,
     HUFFMAN,
@@ -35,6 +36,7 @@ from pruning_core.export.streams import (
     coded,
     decoded,
     join,
+    nonzero,
     pack_bits,
     split,
 )
@@ -90,22 +92,26 @@ class Head:
 # ---- packing --------------------------------------------------------------------------------------------------------
 
 
-def pack(
-    weight: Tensor, codec: str, values: str, units: units_of.Units | None = None
-) -> tuple[Head, list[Piece]] | None:
-    """The head and the pieces that follow each other in the file; None where zeros are too few to save a tenth."""
+def kept_of(weight: Tensor) -> NDArray[np.bool_] | None:
+    """Where the weight is not zero, by its bits: torch may flush denormals. None where zeros are too few to pay."""
     if weight.dtype not in NAMES or weight.dim() < 2 or not weight.numel():
         return None
-    rounded = weight.detach().cpu().contiguous().to(DTYPES[values])
-    kept, bits = (rounded != 0).numpy(), as_bits(rounded)
+    kept = nonzero(as_bits(weight))
+    return kept if np.count_nonzero(kept) <= WORTH * kept.size else None
+
+
+def pack(
+    weight: Tensor, kept: NDArray[np.bool_], codec: str, values: str, units: units_of.Units | None = None
+) -> tuple[Head, list[Piece]] | None:
+    """The head and the pieces that follow each other in the file; None where they are not a tenth smaller."""
+    bits = as_bits(weight.to(DTYPES[values]))
+    if values != NAMES[weight.dtype]:
+        kept = nonzero(bits)  # what is rounded may have become zero
     zeros = kept.size - int(np.count_nonzero(kept))
-    if zeros < (1 - WORTH) * kept.size:
-        return None
     shrink = codec == "entropy"
     units = units or units_of.find(kept, 8.0 * bits.itemsize * (NOISE if shrink else 1.0))
     stored = units.stored(kept)
     streams = {"mask": coded(units.encode(kept), shrink=shrink)}
-    del kept
     signs = _signs(bits, stored)
     found = bits[stored]
     del stored
@@ -189,7 +195,7 @@ def _values(head: Head, pieces: dict[str, Stream]) -> NDArray[np.unsignedinteger
         )
     else:
         found = join(_decoded(head, pieces, "exponents"), _decoded(head, pieces, "rest"), size)
-    zeros = math.prod(head.shape) - np.count_nonzero(found & ~np.array(1 << (8 * size - 1), dtype=found.dtype))
+    zeros = math.prod(head.shape) - int(np.count_nonzero(nonzero(found)))
     if zeros != head.zeros:
         raise CheckpointError(f"must hold {head.zeros:,} zeros, got {zeros:,}")
     return found
@@ -251,12 +257,6 @@ def read_head(plain: Any) -> Head:
             raise CheckpointError(f"has a head of another kind, got {plain!r:.200}")
     _check(head)
     return head
-
-
-def read_shape(shape: list[Any]) -> tuple[int, ...]:
-    if not all(type(length) is int and 0 <= length < 2**48 for length in shape) or math.prod(shape) >= 2**48:
-        raise CheckpointError(f"has a shape that cannot be, got {shape!r:.80}")
-    return tuple(shape)
 
 
 def _stream(plain: Any) -> tuple[str, str, int]:

@@ -18,10 +18,14 @@ class Rule(NamedTuple):
     columns: int
 
 
-# What torch's kernels accept of floating-point 2:4; its float32 is 1:2. Where cuSPARSELt is there, torch uses it.
+# What torch's kernels accept of floating-point 2:4; its float32 is 1:2. Where cuSPARSELt is there, it is used.
 RULES = {
     "CUTLASS": {torch.float16: Rule(32, 64), torch.bfloat16: Rule(32, 64)},
     "cuSPARSELt": {torch.float16: Rule(16, 16), torch.bfloat16: Rule(16, 16)},
+}
+KINDS = {
+    "CUTLASS": torch.sparse.SparseSemiStructuredTensorCUTLASS,
+    "cuSPARSELt": torch.sparse.SparseSemiStructuredTensorCUSPARSELT,
 }
 CAPABILITY = (8, 0)
 
@@ -55,7 +59,7 @@ def check_semi_structured(model: nn.Module) -> list[LayerFit]:
 
 def is_two_of_four(weight: Tensor) -> bool:
     """At most two of every four consecutive inputs are kept, and not all weights are."""
-    if weight.shape[-1] % 4:
+    if weight.shape[-1] % 4 or not weight.numel():
         return False
     return int((weight != 0).unflatten(-1, (-1, 4)).sum(-1, dtype=torch.int8).amax()) <= 2
 
@@ -86,6 +90,7 @@ def to_semi_structured_(model: nn.Module) -> list[str]:
             have = torch.cuda.get_device_name(device)
             raise CheckpointError(f"to_semi_structured_: needs compute capability 8.0 (Ampere), got {have}")
     kernel = "cuSPARSELt" if torch.backends.cusparselt.is_available() else "CUTLASS"
+    kind = KINDS[kernel]
     layers = [layer for layer in check_semi_structured(model) if layer.why_not[kernel] is None]
     if not layers:
         raise CheckpointError(
@@ -93,6 +98,6 @@ def to_semi_structured_(model: nn.Module) -> list[str]:
         )
     for layer in layers:
         module = model.get_submodule(layer.name)
-        weight = torch.sparse.to_sparse_semi_structured(module.get_parameter("weight").detach())
+        weight = kind.from_dense(module.get_parameter("weight").detach().contiguous())
         module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
     return [layer.name for layer in layers]

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from pruning_core.checkpoint import CheckpointError
 from pruning_core.export import container, packed
-from pruning_core.export.packed import CODECS, Head
-from pruning_core.export.streams import Bytes, Piece
-from pruning_core.export.units import Blocks, Choices, Units
+from pruning_core.export.packed import CODECS
+from pruning_core.export.reader import Reader, opened
+from pruning_core.export.streams import Piece
+from pruning_core.export.units import Blocks, Choices, Flags, Units
 from pruning_core.patterns import Block, NinM, Pattern, parse_pattern
 
 VALUES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
@@ -70,7 +73,12 @@ def write_state(
     state: Mapping[str, Any], path: Path, choice: Choice, metadata: Mapping[str, str] | None = None
 ) -> None:
     tensors, aliases = _tensors(state)
-    about = {"aliases": aliases, "metadata": dict(metadata or {})}
+    for key, value in (metadata or {}).items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise ValueError(
+                f"metadata: names and values must be strings, got {key!r:.40}: {value!r:.40}; use json.dumps"
+            )
+    about = {"aliases": aliases, "metadata": dict(sorted((metadata or {}).items()))}
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryFile(dir=path.parent) as scratch,
@@ -84,37 +92,47 @@ def write_state(
 
 
 def _tensors(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, each once, and the other names of those that have several (tied weights)."""
+    """The tensors, each once, under the first of their names, and the other names of those that have several."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[Any, str] = {}
     for name, value in state.items():
         _check(name, value)
+    for name, value in sorted(state.items()):
+        value = value.detach().resolve_conj().resolve_neg()
         place = (value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
         if value.numel() and place in seen:
             aliases[name] = seen[place]
         else:
             seen[place] = name
-            tensors[name] = value.detach()
-    return tensors, dict(sorted(aliases.items()))
+            tensors[name] = value
+    return tensors, aliases
 
 
 def _check(name: str, value: Any) -> None:
-    if not isinstance(name, str) or name == "__metadata__":
+    if not isinstance(name, str) or name == "__metadata__" or _surrogates(name):
         raise CheckpointError(f"state dict: names must be strings other than '__metadata__', got {name!r:.80}")
     if isinstance(value, DTensor):
         raise CheckpointError(f"{name}: is sharded over ranks; give get_model_state_dict(..., full_state_dict=True)")
-    if not isinstance(value, Tensor):
-        raise CheckpointError(f"{name}: only tensors are exported, got {type(value).__name__}; leave it out")
+    if type(value) not in (Tensor, nn.Parameter, nn.Buffer):
+        raise CheckpointError(f"{name}: only plain tensors are exported, got {type(value).__name__}; leave it out")
     if value.is_meta or value.layout is not torch.strided or value.dtype not in container.NAMES:
         kind = "a meta tensor" if value.is_meta else f"{value.layout}, {value.dtype}"
         raise CheckpointError(f"{name}: cannot be exported, got {kind}; give a dense tensor of a plain dtype")
+    with container.named(name):
+        container.read_shape(tuple(value.shape))
+
+
+def _surrogates(name: str) -> bool:
+    return any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def _row(name: str, tensor: Tensor, choice: Choice, scratch: BinaryIO) -> container.Row:
     tensor = tensor.cpu().contiguous()
-    if tensor.dtype in packed.NAMES and tensor.dim() > 1:
-        done = packed.pack(tensor, choice.codec, _values(name, tensor, choice), _units(name, tensor, choice.pattern))
+    kept = packed.kept_of(tensor)
+    if kept is not None:
+        values, units = _values(name, tensor, choice), _units(name, kept, choice.pattern)
+        done = packed.pack(tensor, kept, choice.codec, values, units)
         if done is not None:
             return container.scratch_row(name, done[1], {"packed": done[0].to_plain()}, scratch)
     return container.dense_row(name, tensor.dtype, tensor.shape, as_bytes(tensor))
@@ -135,19 +153,19 @@ def _values(name: str, tensor: Tensor, choice: Choice) -> str:
     return asked
 
 
-def _units(name: str, tensor: Tensor, pattern: Pattern | None) -> Units | None:
+def _units(name: str, kept: Flags, pattern: Pattern | None) -> Units | None:
     """Those of a pattern that was given: weights have their output channels first, then the input channels."""
-    shape = tuple(tensor.shape)
+    shape = kept.shape
     if isinstance(pattern, Block):
         if pattern.in_channels is None:  # a whole filter
             return Blocks((1, *shape[1:]))
         if pattern.out_channels is None:
             return Blocks((shape[0], 1, *shape[2:]))
         sizes = min(pattern.out_channels, shape[0]), min(pattern.in_channels, shape[1])
-        return Blocks(tuple(max(size, 1) for size in sizes) + (1,) * (len(shape) - 2))
-    if isinstance(pattern, NinM) and bool((tensor == 0).any()):
+        return Blocks(sizes + (1,) * (len(shape) - 2))
+    if isinstance(pattern, NinM):
         units = Choices.of(pattern.kept, pattern.of, axis=1)
-        if not units.holds((tensor != 0).numpy()):
+        if not units.holds(kept):
             raise ValueError(f"pattern: {name} is not {pattern} along its input channels; leave pattern out to find it")
         return units
     return None
@@ -160,149 +178,83 @@ def progress(what: str, nbytes: int) -> Iterator[tqdm[Any]]:
         yield bar
 
 
+def _bar_of(what: str, reader: Reader) -> AbstractContextManager[tqdm[Any]]:
+    return progress(what, sum(map(reader.nbytes, reader)))
+
+
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
 def load_sparse(path: str | Path) -> dict[str, Tensor]:
     """The state dict that was saved, on the CPU. Tied weights are one tensor under several names."""
-    with opened(path) as (file, header):
-        declared = sum(_nbytes(entry) for entry in header.entries.values())
-        packed.check_expansion(declared, sum(entry.end - entry.begin for entry in header.entries.values()))
-        with progress("unpacking", declared) as bar:
-            state = {}
-            for name, entry in header.entries.items():
-                state[name] = read_tensor(file, header, name)
-                bar.update(_nbytes(entry))
-        return state | {name: state[first] for name, first in header.about["aliases"].items()}
+    with opened(path) as reader, _bar_of("unpacking", reader) as bar:
+        state = {}
+        for name in reader:
+            state[name] = reader.read(name)
+            bar.update(reader.nbytes(name))
+        return state | {name: state[first] for name, first in reader.aliases.items()}
 
 
 def load_sparse_into(model: nn.Module, path: str | Path) -> None:
-    """Fills the model in place, one tensor at a time, after names, shapes and dtypes were compared."""
+    """Fills the model in place, one tensor at a time.
+
+    Names, shapes, dtypes and the digests of all bytes are checked before anything is changed.
+    """
     own = model.state_dict()
-    with opened(path) as (file, header):
-        _compare(own, header)
-        aliases: dict[str, list[str]] = {}
-        for name, first in header.about["aliases"].items():
-            aliases.setdefault(first, []).append(name)
-        with torch.no_grad(), progress("unpacking", sum(map(_nbytes, header.entries.values()))) as bar:
-            for name, entry in header.entries.items():
-                value = read_tensor(file, header, name)
-                for each in (name, *aliases.get(name, ())):
-                    own[each].copy_(value)
+    with opened(path) as reader:
+        _compare(own, reader)
+        for name in reader:
+            reader.check(name)
+        places: dict[str, list[str]] = {name: [name] for name in reader}
+        for name, first in reader.aliases.items():
+            places[first].append(name)
+        with torch.no_grad(), _bar_of("unpacking", reader) as bar:
+            for name, targets in places.items():
+                value = reader.read(name)
+                for target in targets:
+                    own[target].copy_(value)
                 del value  # before the next one is made
-                bar.update(_nbytes(entry))
+                bar.update(reader.nbytes(name))
 
 
 def write_dense(path: str | Path, out: str | Path) -> None:
     """An ordinary safetensors file with all names, also those of tied weights."""
-    with opened(path) as (file, header):
-        names = {name: name for name in header.entries} | header.about["aliases"]
-        kinds = {
-            name: (dtype_of(header.entries[first]), shape_of(header.entries[first])) for name, first in names.items()
-        }
-        container.write_plain(Path(out), kinds, lambda name: as_bytes(read_tensor(file, header, names[name])))
+    with opened(path) as reader:
+        names = {name: name for name in reader} | reader.aliases
+        reader.check_size(sum(reader.nbytes(first) for first in reader.aliases.values()))
+        kinds = {name: reader.kind(first) for name, first in names.items()}
+        container.write_plain(Path(out), kinds, lambda name: as_bytes(reader.read(names[name])))
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """An ordinary file, with the errors of this package."""
+    try:
+        return dict(safetensors.torch.load_file(path))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; check the path of the checkpoint") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """What ``save_sparse(..., metadata=...)`` was given."""
-    with opened(path) as (_, header):
-        return {str(key): str(value) for key, value in header.about["metadata"].items()}
+    with opened(path) as reader:
+        return reader.metadata
 
 
-def _compare(own: Mapping[str, Tensor], header: container.Header) -> None:
-    saved = {name: (shape_of(entry), dtype_of(entry)) for name, entry in header.entries.items()}
-    saved |= {name: saved[first] for name, first in header.about["aliases"].items()}
+def _compare(own: Mapping[str, Tensor], reader: Reader) -> None:
+    saved = {name: reader.kind(name) for name in reader}
+    saved |= {name: saved[first] for name, first in reader.aliases.items()}
     for name in (*own, *saved):
         if name not in saved or name not in own:
             where = "the file" if name not in saved else "the model"
             raise CheckpointError(f"{name}: is not in {where}; build the model that was saved")
-        shape, dtype = saved[name]
-        if tuple(own[name].shape) != shape or own[name].dtype is not dtype:
-            have = f"{list(own[name].shape)}, {own[name].dtype} in the model"
+        mine, (dtype, shape) = own[name], saved[name]
+        if mine.is_meta or isinstance(mine, DTensor):
+            kind = "on the meta device" if mine.is_meta else "sharded over ranks"
+            raise CheckpointError(f"{name}: cannot be filled in place, got a tensor {kind}; use load_sparse")
+        if tuple(mine.shape) != shape or mine.dtype is not dtype:
+            have = f"{list(mine.shape)}, {mine.dtype} in the model"
             raise CheckpointError(
                 f"{name}: is {list(shape)}, {dtype} in the file, got {have}; build the model that was saved"
             )
-
-
-@contextmanager
-def opened(path: str | Path) -> Iterator[tuple[BinaryIO, container.Header]]:
-    """The file and its header; whatever is wrong from here on is said with the file's name."""
-    try:
-        with Path(path).open("rb") as file:
-            header = container.read_header(file)
-            check_table(header)
-            yield file, header
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; check the path of the checkpoint") from None
-    except IsADirectoryError:
-        raise CheckpointError(f"{path}: is a folder; give the file inside it") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def check_table(header: container.Header) -> None:
-    """Aliases name tensors, and packed weights have a head that can be."""
-    if not isinstance(header.about.get("metadata"), dict):
-        raise CheckpointError("its table has no metadata")
-    aliases = header.about.get("aliases")
-    if (
-        not isinstance(aliases, dict)
-        or not set(aliases.values()) <= header.entries.keys()
-        or set(aliases) & header.entries.keys()
-    ):
-        raise CheckpointError("its table ties weights that are not there")
-    for name in header.entries:
-        with named(name):
-            head_of(header.entries[name])
-
-
-@contextmanager
-def named(name: str) -> Iterator[None]:
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{name}: {error}") from None
-
-
-def head_of(entry: container.Entry) -> Head | None:
-    """What the table says of a packed weight; None of a dense one."""
-    note = entry.note.get("packed")
-    if note is None:
-        return None
-    if entry.dtype != "U8" or len(entry.shape) != 1:
-        raise CheckpointError(
-            f"is packed in {entry.dtype} of {len(entry.shape)} axes, where only a row of bytes can be"
-        )
-    return packed.read_head(note)
-
-
-def shape_of(entry: container.Entry) -> tuple[int, ...]:
-    head = head_of(entry)
-    return head.shape if head else entry.shape
-
-
-def dtype_of(entry: container.Entry) -> torch.dtype:
-    head = head_of(entry)
-    return packed.DTYPES[head.dtype] if head else container.DTYPES[entry.dtype]
-
-
-def _nbytes(entry: container.Entry) -> int:
-    head = head_of(entry)
-    return head.nbytes if head else entry.end - entry.begin
-
-
-def read_tensor(file: BinaryIO, header: container.Header, name: str) -> Tensor:
-    entry = header.entries[name]
-    with named(name):
-        expected = head_of(entry)
-        if expected is None:
-            return _dense(container.read_bytes(file, header, name), entry)
-        return packed.unpack(container.read_bytes(file, header, name), expected)
-
-
-def _dense(data: Bytes, entry: container.Entry) -> Tensor:
-    if not len(data):
-        return torch.empty(entry.shape, dtype=container.DTYPES[entry.dtype])
-    return torch.from_numpy(data).view(container.DTYPES[entry.dtype]).reshape(entry.shape)

@@ -93,6 +93,16 @@ def join(exponents: Bytes, rest: Bytes, size: int) -> NDArray[np.unsignedinteger
     return bits
 
 
+def nonzero(bits: NDArray[np.unsignedinteger]) -> NDArray[np.bool_]:
+    """Whether the floating-point numbers with these bits are neither zero nor negative zero."""
+    result = np.empty(bits.shape, dtype=np.bool_)
+    flat, source = result.reshape(-1), bits.reshape(-1)
+    magnitude = bits.dtype.type((1 << (8 * bits.itemsize - 1)) - 1)
+    for part in _parts(len(source)):
+        np.not_equal(source[part] & magnitude, 0, out=flat[part])
+    return result
+
+
 def _parts(length: int) -> Iterator[slice]:
     """Pieces that stay in the processor's cache while they are turned."""
     return (slice(first, first + PART) for first in range(0, length, PART))

@@ -6,6 +6,7 @@ not the layer's and refuses; with it, every such row becomes the weight before a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +16,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pruning_core.export import packed, sparse_file
-
-METHOD = "pruning_core"
+from pruning_core.checkpoint import CheckpointError
+from pruning_core.export import packed
+from pruning_core.export.huggingface import METHOD
+from pruning_core.export.reader import opened
 
 
 @register_quantization_config(METHOD)
@@ -37,9 +39,8 @@ class PackedLoader(HfQuantizer):
     ) -> None:
         self.last_names = {"weight"}
         for file in checkpoint_files or ():
-            with sparse_file.opened(file) as (_, header):
-                heads = {name: sparse_file.head_of(entry) for name, entry in header.entries.items()}
-                self.last_names |= {name.rpartition(".")[2] for name, head in heads.items() if head}
+            with opened(file) as reader:
+                self.last_names |= {_last(name) for name in reader if reader.heads[name]}
 
     def get_weight_conversions(self) -> list[Any]:
         from transformers.core_model_loading import WeightConverter
@@ -63,6 +64,14 @@ class PackedLoader(HfQuantizer):
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
+
+
+def _last(name: str) -> str:
+    """The part of a name that conversions match. They take it for a regular expression, so it must be a word."""
+    last = name.rpartition(".")[2]
+    if not re.fullmatch(r"\w+", last):
+        raise CheckpointError(f"{name}: is no name of a parameter; save the model with save_pretrained_sparse")
+    return last
 
 
 def _unpack() -> Any:
@@ -98,5 +107,8 @@ def _is_row(value: Tensor) -> bool:
 
 def _dtype(model: Any, name: str) -> torch.dtype | None:
     """What the model was asked to be made of: packed rows cannot be cast on their way, as other weights are."""
-    own = dict(model.named_parameters()).get(name) if model is not None else None
-    return own.dtype if isinstance(own, Tensor) else None
+    try:
+        own: torch.dtype = model.get_parameter(name).dtype
+    except AttributeError:  # a name that becomes another one, or a buffer
+        return None
+    return own

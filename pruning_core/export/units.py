@@ -1,7 +1,8 @@
 """Which weights of a saved tensor are zero together: what a bitmap has one bit for.
 
 Here a tensor is its array alone, as a state dict has it: which axis is "input channels" is not known, and need not be.
-A kind of unit is ``holds`` (does it describe these zeros exactly?), ``mask`` and its inverse ``spread``.
+A kind of unit says which weights are ``stored`` because of those that are kept; ``encode`` makes the bytes that say
+so, of a known ``length``, and ``decode`` is the way back.
 """
 
 from __future__ import annotations
@@ -202,7 +203,7 @@ def find(kept: Flags, value_bits: float) -> Units:
     """
     single = Blocks((1,) * kept.ndim)
     count = int(np.count_nonzero(kept))
-    corner = kept[tuple(slice(0, CROP) for _ in kept.shape[:2])]
+    corner = kept[tuple(slice(0, CROP) for _ in kept.shape)]
     if not 0.25 * count * corner.size <= np.count_nonzero(corner) * kept.size <= 4 * count * corner.size:
         corner = kept
     best: Units = single
@@ -233,15 +234,17 @@ def _grow(kept: Flags, value_bits: float) -> tuple[int, ...]:
     shape, extents, alive = kept.shape, [1] * kept.ndim, kept
     best = _mask_cost(kept) + int(np.count_nonzero(kept)) * value_bits
     while True:
-        options = []
+        found = None
         for axis, length in enumerate(alive.shape):
-            for factor in {*FACTORS, length}:
+            for factor in sorted({*FACTORS, length}):
                 if 1 < factor <= length:
                     grown = _any(alive, axis, factor)
-                    options.append((_bits(grown, axis, factor, extents, shape, value_bits), axis, factor, grown))
-        if not options or min(options, key=lambda option: option[0])[0] >= best:
+                    bits = _bits(grown, axis, factor, extents, shape, value_bits)
+                    if bits < best:
+                        best, found = bits, (axis, factor, grown)
+        if found is None:
             return tuple(extents)
-        best, axis, factor, alive = min(options, key=lambda option: option[:3])
+        axis, factor, alive = found
         extents[axis] = min(extents[axis] * factor, shape[axis])
 
 
@@ -250,13 +253,18 @@ def _bits(alive: Flags, axis: int, factor: int, extents: list[int], shape: tuple
     if all(length % extent == 0 for length, extent in zip(shape, grown, strict=True)):
         stored = int(np.count_nonzero(alive)) * math.prod(grown)
     else:
-        sizes: Any = 1
-        for length, extent, units in zip(shape, grown, alive.shape, strict=True):
-            along = np.full(units, extent)
-            along[-1:] = length - extent * (units - 1)
-            sizes = np.multiply.outer(sizes, along)
-        stored = int((sizes * alive).sum())
+        stored = _weights_in(alive, grown, shape)
     return _mask_cost(alive) + stored * value_bits
+
+
+def _weights_in(alive: Flags, extents: list[int], shape: tuple[int, ...]) -> int:
+    """The same where boxes at the edges are smaller; one axis after the other, so that nothing large is made."""
+    counts: NDArray[Any] = alive
+    for length, extent in zip(reversed(shape), reversed(extents), strict=True):
+        along = np.full(counts.shape[-1], extent, dtype=np.int64)
+        along[-1:] = length - extent * (len(along) - 1)
+        counts = counts @ along if counts.dtype != np.bool_ else np.einsum("...i,i->...", counts, along)
+    return int(counts)
 
 
 def _reaching(extents: tuple[int, ...], corner: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
