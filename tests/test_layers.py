@@ -20,7 +20,10 @@ FLOORS = [  # a module may import modules of its own floor's number or lower
 ]
 WINGS = {"masks", "channels", "supernet"}
 PACKAGES = {"torch", "numpy", "pydantic", "yaml", "safetensors", "matplotlib"}
-MORE_PACKAGES = {"trainer_callback": {"transformers"}}
+MORE_PACKAGES = {
+    "trainer_callback": {"transformers"},
+    "export": {"tqdm", "transformers", "huggingface_hub", "onnx", "onnxruntime", "onnxscript"},  # when they are needed
+}
 
 
 def room(path: Path) -> str:
@@ -35,10 +38,10 @@ def imports(path: Path) -> list[str]:
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: relative import"
-            if node.module == "pruning_core":  # `from pruning_core import checkpoint`
-                found += [f"pruning_core.{alias.name}" for alias in node.names]
-            else:
-                found.append(node.module)
+            folder = ROOT.parent / node.module.replace(".", "/")
+            for alias in node.names:  # `from pruning_core import checkpoint` names a module
+                inner = node.module == "pruning_core" or (folder / f"{alias.name}.py").exists()
+                found.append(f"{node.module}.{alias.name}" if inner else node.module)
     return found
 
 
