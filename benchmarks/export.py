@@ -40,6 +40,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]
 CASES = [f"{pattern}/{share}" for pattern in ("1x1", "4x1") for share in (0.5, 0.8, 0.9, 0.95)] + ["2:4/0.5"]
 BAR_BOUND, BAR_SPEED, BAR_MEMORY = 1.03, 200, 2
+ONNX = "onnx"
+HEAD_KEYS = ("gzip", "zstd", "csr", "raw", "entropy", "bound")
 State = dict[str, Tensor]
 
 
@@ -183,7 +185,6 @@ def task(text: str) -> None:
     print(json.dumps(memory(state, given["codec"]) if given["codec"] else figures(state, given["repeats"])))
 
 
-ONNX = "onnx"
 HEAD = ("weights", "gzip -6", "zstd -3", "CSR", "raw", "entropy", "bound", "above bound")
 SPEED = ("weights", "raw: pack", "unpack", "entropy: pack", "unpack", "memory to pack", "to unpack")
 
@@ -191,9 +192,6 @@ SPEED = ("weights", "raw: pack", "unpack", "entropy: pack", "unpack", "memory to
 def size_row(case: str, found: dict[str, Any]) -> tuple[str, ...]:
     sizes = [found["dense"] / found[kind] if found[kind] else None for kind in HEAD_KEYS]
     return (case, *(f"{size:.2f}" if size else "" for size in sizes), f"{found['entropy'] / found['bound'] - 1:.1%}")
-
-
-HEAD_KEYS = ("gzip", "zstd", "csr", "raw", "entropy", "bound")
 
 
 def speed_row(case: str, found: dict[str, Any], peaks: dict[str, float]) -> tuple[str, ...]:

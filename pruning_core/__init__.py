@@ -2,8 +2,8 @@
 
 from pruning_core.checkpoint import CheckpointError as CheckpointError
 from pruning_core.config import WeightPruningConfig as WeightPruningConfig
-from pruning_core.export.when_imported import when_imported as _when_imported
 from pruning_core.masks import Pruning as Pruning
+from pruning_core.when_imported import when_imported as _when_imported
 
 __version__ = "0.1.0"
 

@@ -15,6 +15,7 @@ import re
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -122,19 +123,28 @@ def _key(key: Any, where: str) -> Any:
     raise CheckpointError(f"checkpoint{where}: keys must be plain data, got {key!r}; use a string")
 
 
-def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Loads what ``save`` wrote. Files that hold pickled objects are refused, never run."""
-    path = Path(path)
+@contextlib.contextmanager
+def readable(path: str | Path) -> Iterator[None]:
+    """What the system says of a file that is read inside, as CheckpointError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = torch.load(path, map_location=map_location, weights_only=True)
+        yield
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; check the path of the checkpoint") from None
     except IsADirectoryError:
         raise CheckpointError(f"{path}: is a folder; give the file inside it") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Loads what ``save`` wrote. Files that hold pickled objects are refused, never run."""
+    path = Path(path)
+    try:
+        with readable(path), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location=map_location, weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # damaged bytes lead torch.load to errors of many types
         raise CheckpointError(f"{path}: {_why_not(error)}") from error
     if not isinstance(state, dict):

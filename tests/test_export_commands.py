@@ -97,6 +97,13 @@ def test_a_folder_there_and_back(tmp_path, capsys):
     assert one.read_bytes() == other.read_bytes()
 
 
+def test_here(tmp_path, capsys, monkeypatch):
+    """``export .`` has to find a name for what it writes."""
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert refused(capsys, "export", ".").endswith("mine: has no config.json; give a folder that save_pretrained wrote")
+
+
 def test_nothing_is_written_over(tmp_path, capsys):
     checkpoint.save(net().state_dict(), tmp_path / "a.pt")
     ran(capsys, "export", tmp_path / "a.pt")

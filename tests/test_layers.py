@@ -9,7 +9,18 @@ import pytest
 ROOT = Path(__file__).parent.parent / "pruning_core"
 
 FLOORS = [  # a module may import modules of its own floor's number or lower
-    {"registry", "yaml_file", "regularizers", "budget", "selection", "checkpoint", "hooks", "distillation", "cost"},
+    {
+        "registry",
+        "yaml_file",
+        "regularizers",
+        "budget",
+        "selection",
+        "checkpoint",
+        "hooks",
+        "distillation",
+        "cost",
+        "when_imported",
+    },
     {"patterns", "criteria", "schedules", "report"},
     {"options", "config", "sharding"},
     {"graph"},

@@ -34,6 +34,11 @@ def packed_files(path: Path) -> list[Path]:
     return [path / name for name in huggingface.read_folder(path)[1]] if path.is_dir() else [path]
 
 
+def _with_name(path: Path) -> Path:
+    """``.`` and ``..`` have none that another could be made of."""
+    return path if path.name not in ("", "..") else path.resolve()
+
+
 def check_free(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path}: is there already; give another name, or --overwrite")
@@ -44,6 +49,7 @@ def check_free(path: Path, overwrite: bool) -> None:
 
 def export(source: Path, out: Path | None, choice: Choice, state: Mapping[str, Tensor] | None, overwrite: bool) -> str:
     """Packs a model's folder, or the state dict that was read from a file."""
+    source = _with_name(source)
     out = out or (
         source.with_name(f"{source.name}-sparse") if state is None else source.with_suffix(f".sparse{SUFFIX}")
     )
@@ -57,6 +63,7 @@ def export(source: Path, out: Path | None, choice: Choice, state: Mapping[str, T
 
 def unpack(source: Path, out: Path | None, overwrite: bool) -> str:
     """Back to what every tool reads."""
+    source = _with_name(source)
     stem = source.name.removesuffix(SUFFIX).removesuffix("-sparse").removesuffix(".sparse")
     out = out or source.with_name(f"{stem}-dense{'' if source.is_dir() else SUFFIX}")
     check_free(out, overwrite)

@@ -232,7 +232,7 @@ def _entry(name: str, plain: Any, note: Any) -> Entry:
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """What is wrong with a tensor is said with its name."""
+    """What is wrong is said with the name of the file or tensor that it is wrong with."""
     try:
         yield
     except CheckpointError as error:

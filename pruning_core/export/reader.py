@@ -10,7 +10,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from pruning_core.checkpoint import CheckpointError
+from pruning_core.checkpoint import CheckpointError, readable
 from pruning_core.export import container, packed
 from pruning_core.export.container import Entry, Header, named
 from pruning_core.export.packed import Head
@@ -67,16 +67,8 @@ class Reader:
 @contextmanager
 def opened(path: str | Path) -> Iterator[Reader]:
     try:
-        with Path(path).open("rb") as file:
+        with readable(path), Path(path).open("rb") as file, named(str(path)):
             yield Reader(file)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; check the path of the checkpoint") from None
-    except IsADirectoryError:
-        raise CheckpointError(f"{path}: is a folder; give the file inside it") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     except MemoryError:
         raise CheckpointError(f"{path}: needs more memory than there is") from None
 

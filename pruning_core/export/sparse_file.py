@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from pruning_core.checkpoint import CheckpointError
+from pruning_core.checkpoint import CheckpointError, readable
 from pruning_core.export import container, packed
 from pruning_core.export.packed import CODECS
 from pruning_core.export.reader import Reader, opened
@@ -229,10 +229,9 @@ def write_dense(path: str | Path, out: str | Path) -> None:
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """An ordinary file, with the errors of this package."""
     try:
-        return dict(safetensors.torch.load_file(path))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; check the path of the checkpoint") from None
-    except (SafetensorError, OSError) as error:
+        with readable(path):
+            return dict(safetensors.torch.load_file(path))
+    except SafetensorError as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
 
 
