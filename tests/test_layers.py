@@ -30,7 +30,7 @@ FLOORS = [  # a module may import modules of its own floor's number or lower
     {"trainer_callback"},  # above __init__: `import pruning_core` never imports transformers
 ]
 WINGS = {"masks", "channels", "supernet"}
-PACKAGES = {"torch", "numpy", "pydantic", "yaml", "safetensors", "matplotlib"}
+PACKAGES = {"torch", "numpy", "pydantic", "yaml", "safetensors", "matplotlib", "scipy"}
 MORE_PACKAGES = {
     "trainer_callback": {"transformers"},
     "export": {"tqdm", "transformers", "huggingface_hub", "onnx", "onnxruntime", "onnxscript"},  # when they are needed

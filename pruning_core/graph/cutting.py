@@ -1,0 +1,78 @@
+"""Takes indices out of parameters, buffers and optimizer states, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pruning_core.graph.labels import Axis
+from pruning_core.graph.plan import Plan
+from pruning_core.graph.tracing import GraphError
+
+Before = Mapping[str, tuple[Tensor, Tensor, Tensor | None]]
+
+
+def cut_parameters(model: nn.Module, plan: Plan) -> None:
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    by_tensor: dict[str, list[Axis]] = {}
+    for axis in plan.removed:
+        by_tensor.setdefault(axis.tensor, []).append(axis)
+    for name, axes in by_tensor.items():
+        tensor = tensors[name]
+        data = tensor.detach()
+        for axis in axes:
+            data = data.index_select(axis.dim, torch.tensor(plan.kept(axis), device=data.device))
+        tensor.data = data
+        tensor.grad = None
+
+
+def cut_optimizer(optimizer: Optimizer, before: Before, plan: Plan, model: nn.Module) -> None:
+    """States of a parameter's shape lose what it loses; factored ones (Adafactor's rows and columns) their part."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    changes: list[tuple[dict[str, Any], str, Tensor]] = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names.get(id(parameter))
+            axes = [axis for axis in plan.removed if axis.tensor == name]
+            if not axes or parameter not in optimizer.state:
+                continue
+            assert name is not None
+            state = optimizer.state[parameter]
+            shape = tuple(before[name][1].shape)
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.dim():
+                    changes.append((state, key, _cut(f"{name}: {key}", key, value, shape, axes, plan)))
+    for state, key, value in changes:
+        state[key] = value
+
+
+def _cut(what: str, key: str, value: Tensor, shape: tuple[int, ...], axes: list[Axis], plan: Plan) -> Tensor:
+    dims = _dims(key, tuple(value.shape), shape)
+    if dims is None:
+        raise GraphError(
+            f"optimizer: {what} has shape {tuple(value.shape)}, which does not follow from the parameter's {shape}; "
+            "make the optimizer anew after slim_"
+        )
+    for axis in axes:
+        if axis.dim in dims:
+            at = dims.index(axis.dim)
+            if value.shape[at] == plan.sizes[axis]:
+                value = value.index_select(at, torch.tensor(plan.kept(axis), device=value.device))
+    return value.clone() if value._is_view() else value
+
+
+def _dims(key: str, value: tuple[int, ...], shape: tuple[int, ...]) -> list[int | None] | None:
+    """Which of the parameter's dimensions each dimension of a state is."""
+    if value == shape:
+        return list(range(len(shape)))
+    if len(value) == len(shape) and all(mine in (1, whole) for mine, whole in zip(value, shape, strict=True)):
+        return [dim if value[dim] == shape[dim] else None for dim in range(len(shape))]
+    if key.endswith("row") and value == shape[:-1]:
+        return list(range(len(shape) - 1))
+    if key.endswith("col") and value == shape[:-2] + shape[-1:]:
+        return [*range(len(shape) - 2), len(shape) - 1]
+    return None

@@ -1,0 +1,216 @@
+"""Runs a model once on real tensors and sees every operation, with labels beside the numbers.
+
+In inference mode PyTorch hands whole operations (``linear``, ``batch_norm``, ``lstm``, ``einsum``) to a dispatch mode.
+So whatever the model can run can be traced: no exporter, no symbolic shapes, data-dependent code included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from pruning_core.graph.labels import Axis, Labels, holds_any
+from pruning_core.graph.shadows import AxisLabels, Shadow, Stored, as_activation
+
+UNSTEADY = frozenset(["contiguous"])  # runs only where a tensor is not contiguous, which a cut may change
+
+
+@dataclass
+class Call:
+    """One operation: its arguments by name, what it returned, the module it ran in."""
+
+    func: Any
+    arguments: dict[str, Any]
+    where: str
+    shadows: dict[int, Shadow] = field(default_factory=dict)
+    result: Any = None
+
+    @property
+    def name(self) -> str:
+        return str(self.func.overloadpacket.__name__)
+
+    def __getitem__(self, argument: str) -> Any:
+        return self.arguments.get(argument)
+
+    def __contains__(self, argument: str) -> bool:
+        return argument in self.arguments
+
+    def shadow(self, argument: str) -> Shadow:
+        return self.shadows.get(id(self.arguments.get(argument)))
+
+    def numbers(self) -> tuple[int, ...]:
+        return tuple(each for each in pytree.tree_leaves(self.arguments) if type(each) is int)
+
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in pytree.tree_leaves(self.arguments) if isinstance(leaf, Tensor)]
+
+
+def arguments_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    schema = func._schema.arguments
+    named = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    named.update({argument.name: value for argument, value in zip(schema, args, strict=False)})
+    return {**named, **kwargs}
+
+
+def numbers_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    return Call(func, arguments_of(func, args, kwargs), "").numbers()
+
+
+class Where:
+    """The path of the module that runs, kept by hooks; after an exception, of the one that raised it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.stack: list[str] = [""]
+        self.watch: Callable[[str, list[Tensor]], None] | None = None
+        self._hooks = []
+        for name, module in model.named_modules():
+            self._hooks.append(module.register_forward_pre_hook(self._entering(name), prepend=True, with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._leaving))
+
+    @property
+    def now(self) -> str:
+        return self.stack[-1]
+
+    def _entering(self, name: str) -> Any:
+        def enter(module: nn.Module, inputs: Any, keywords: Any) -> None:
+            self.stack.append(name)
+            if self.watch is not None:
+                self.watch(name, [each for each in pytree.tree_leaves((inputs, keywords)) if isinstance(each, Tensor)])
+
+        return enter
+
+    def _leaving(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.stack.pop()
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+class Recorder(TorchDispatchMode):
+    """Follows the labels through one forward pass; ``rule_of`` gives what an operation does to them."""
+
+    def __init__(self, labels: Labels, stored: Stored, rule_of: Callable[[Call], Any], where: Where) -> None:
+        super().__init__()
+        self.labels, self.stored, self.rule_of, self.where = labels, stored, rule_of, where
+        self.shadows = WeakTensorKeyDictionary()
+        self.squares = WeakTensorKeyDictionary()
+        self._quiet = False
+        self._buffers: dict[int, Tensor] = {}
+        self.steps: list[Step] = []
+        self.costs: list[Cost] = []
+        self.consumers: set[Axis] = set()
+        self.norms: set[str] = set()
+        self.dtypes: set[torch.dtype] = set()
+        self.inputs: dict[str, Tensor] = {}
+        self.output: Any = None
+
+    def shadow_of(self, tensor: Tensor) -> Shadow:
+        if tensor in self.shadows:
+            return self.shadows[tensor]
+        return self.stored.shadow(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._quiet:
+            return func(*args, **(kwargs or {}))
+        call = Call(func, arguments_of(func, args, kwargs or {}), self.where.now)
+        call.shadows = {id(each): self.shadow_of(each) for each in call.tensors()}
+        self.labels.here = f"{call.name} in {call.where or 'the model'}"
+        result = self.execute(call, args, kwargs or {})
+        call.result = result
+        shadow = self.rule_of(call)(self, call)
+        self._remember(result, shadow)
+        self.dtypes.update(leaf.dtype for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
+        if call.name not in UNSTEADY:
+            self.steps.append(Step.of(call, result, shadow))
+        return result
+
+    def entered(self, path: str, tensors: list[Tensor]) -> None:
+        """A module begins: the labels of its first labelled input are kept."""
+        self._quiet = True
+        shadows = [self.shadow_of(each) for each in tensors]
+        known = next((each for each in shadows if isinstance(each, Tensor) and holds_any(each)), None)
+        if known is not None:
+            self.inputs.setdefault(path, known)
+        self._quiet = False
+
+    def execute(self, call: Call, args: Any, kwargs: Any) -> Any:
+        return call.func(*args, **kwargs)
+
+    def buffer(self, shape: tuple[int, ...]) -> Tensor:
+        """The shadow of a fresh tensor: labels in memory of their own, that views of it write into."""
+        labels = torch.zeros(shape, dtype=torch.int32)
+        self._buffers[labels.untyped_storage().data_ptr()] = labels
+        return labels
+
+    def is_buffer(self, labels: Tensor) -> bool:
+        return labels.untyped_storage().data_ptr() in self._buffers
+
+    def consume(self, source: Tensor, taken: Tensor) -> None:
+        """A weight's axis reads these channels; a tensor of fixed size can lose none."""
+        self.consumers.update(axis for axis in {self.labels.owner(int(label)) for label in taken.unique()} if axis)
+        self.labels.tie(source, taken, "meets an input of fixed size")
+
+    def cost(self, call: Call, vectors: Sequence[Tensor], rows: int) -> None:
+        """Multiply-adds of this operation: so many rows for each combination of these channels."""
+        self.costs.append(Cost(call.where, rows, tuple(vectors)))
+
+    def activation(self, call: Call, argument: str) -> Tensor:
+        """The shadow of a tensor argument as a label tensor."""
+        tensor = call[argument]
+        return as_activation(self.labels, call.shadow(argument), tuple(tensor.shape))
+
+    def freeze(self, shadow: Shadow, because: str) -> None:
+        if isinstance(shadow, Tensor):
+            self.labels.freeze(shadow, because)
+        elif isinstance(shadow, AxisLabels):
+            for vector in shadow.axes:
+                if vector is not None:
+                    self.labels.freeze(vector, because)
+
+    def _remember(self, result: Any, shadow: Any) -> None:
+        if isinstance(result, Tensor):
+            if shadow is not None:
+                self.shadows[result] = shadow
+        elif isinstance(result, (list, tuple)) and isinstance(shadow, (list, tuple)):
+            for each, of_it in zip(result, shadow, strict=True):
+                self._remember(each, of_it)
+
+
+@dataclass(frozen=True)
+class Cost:
+    where: str
+    rows: int
+    vectors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one operation took and gave: enough to say what a cut model must do in its place."""
+
+    name: str
+    where: str
+    numbers: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    shadow: Any
+    tensors: tuple[tuple[tuple[int, ...], Shadow], ...]
+
+    @classmethod
+    def of(cls, call: Call, result: Any, shadow: Any) -> Step:
+        given = shadow if isinstance(shadow, (tuple, list)) else [shadow]
+        results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        known = [(tuple(each.shape), call.shadows[id(each)]) for each in call.tensors()]
+        if len(given) == len(results):
+            known += [(tuple(each.shape), of_it) for each, of_it in zip(results, given, strict=True)]
+        return cls(call.name, call.where, call.numbers(), shapes_of(result), shadow, tuple(known))
+
+
+def shapes_of(result: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(leaf.shape) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))

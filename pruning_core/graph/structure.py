@@ -1,0 +1,87 @@
+"""What was cut, kept with the model: how to cut a fresh dense model the same way, and how to pad it back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruning_core.graph.cutting import cut_parameters
+from pruning_core.graph.labels import Axis
+from pruning_core.graph.plan import Plan, indices, ranges
+from pruning_core.graph.tracing import GraphError
+
+FORMAT, VERSION = "pruning_core.slim", 1
+ATTRIBUTE = "_pruning_core_structure"
+
+
+def remember(model: nn.Module, plan: Plan, attributes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Adds one cut to the model's history; what is kept is said in the dense model's indices."""
+    known = structure(model) or {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": plan.model,
+        "kept": {},
+        "attributes": {},
+    }
+    for axis in plan.removed:
+        name = str(axis)
+        entry = known["kept"].get(name, {"size": plan.sizes[axis], "at": [[0, plan.sizes[axis] - 1]]})
+        before = indices(entry["at"])
+        known["kept"][name] = {"size": entry["size"], "at": ranges(before[index] for index in plan.kept(axis))}
+    for path, values in attributes.items():
+        known["attributes"].setdefault(path, {}).update(
+            {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        )
+    model.__dict__[ATTRIBUTE] = known
+
+
+def structure(model: nn.Module) -> dict[str, Any] | None:
+    """Plain data (JSON) that makes a fresh dense model as slim as this one; None of a model that was never cut."""
+    return model.__dict__.get(ATTRIBUTE)
+
+
+def apply_structure(model: nn.Module, found: Mapping[str, Any]) -> None:
+    """Cuts a fresh dense model without tracing it. Its weights keep their values at the kept indices."""
+    if found.get("format") != FORMAT or found.get("version") != VERSION:
+        raise GraphError(
+            f"structure: is none of version {VERSION}, got format {found.get('format')!r} "
+            f"version {found.get('version')!r}; give what structure(model) gave"
+        )
+    plan = _plan(found)
+    plan.check(model)
+    cut_parameters(model, plan)
+    modules = dict(model.named_modules())
+    for path, values in found["attributes"].items():
+        if path not in modules:
+            raise GraphError(f"structure: names a module that the model lacks, got {path!r}; build the same model")
+        for name, value in values.items():
+            setattr(modules[path], name, tuple(value) if isinstance(getattr(modules[path], name), tuple) else value)
+    model.__dict__[ATTRIBUTE] = dict(found)
+
+
+def expanded(state: Mapping[str, Tensor], found: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A slim state dict padded back to the dense shapes; what was cut is zero."""
+    full = dict(state)
+    for name, entry in found["kept"].items():
+        axis = Axis.parse(name)
+        if axis.tensor not in full:
+            continue
+        value = full[axis.tensor]
+        shape = list(value.shape)
+        shape[axis.dim] = entry["size"]
+        padded = torch.zeros(shape, dtype=value.dtype, device=value.device)
+        full[axis.tensor] = padded.index_copy(axis.dim, torch.tensor(indices(entry["at"]), device=value.device), value)
+    return full
+
+
+def _plan(found: Mapping[str, Any]) -> Plan:
+    sizes, removed = {}, {}
+    for name, entry in found["kept"].items():
+        axis = Axis.parse(name)
+        kept = set(indices(entry["at"]))
+        sizes[axis] = int(entry["size"])
+        removed[axis] = tuple(index for index in range(sizes[axis]) if index not in kept)
+    return Plan(sizes, removed, {}, model=str(found.get("model", "")))

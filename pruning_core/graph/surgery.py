@@ -1,0 +1,125 @@
+"""Removes channels for real, in place: the same modules, the same Parameter objects, smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pruning_core.graph.attributes import Attributes, fit
+from pruning_core.graph.cutting import cut_optimizer, cut_parameters
+from pruning_core.graph.masked import masked_run
+from pruning_core.graph.plan import Plan
+from pruning_core.graph.structure import remember
+from pruning_core.graph.tracing import GraphError, as_inputs, leaves
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Slimmed:
+    """What ``slim_`` did: parameters before and after, and how far the cut model is from the reference."""
+
+    params_before: int
+    params_after: int
+    difference: float
+    attributes: Mapping[str, Mapping[str, Any]]
+
+    def __str__(self) -> str:
+        share = self.params_after / max(self.params_before, 1)
+        return (
+            f"{self.params_before:,} -> {self.params_after:,} parameters ({share:.1%}); "
+            f"largest relative difference from the masked model {self.difference:.1e}"
+        )
+
+
+def slim_(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    example_inputs: Any,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    ema: nn.Module | Iterable[nn.Module] | None = None,
+) -> Slimmed:
+    """Cuts the model as the plan says, and with it optimizer states and averaged copies.
+
+    The cut model runs on the example and must give what the masked dense model gives; if it does not, everything is
+    put back and ``GraphError`` says where they part.
+    """
+    plan.check(model)
+    example = as_inputs(example_inputs)
+    copies = [ema] if isinstance(ema, nn.Module) else list(ema or ())
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    for each in copies:
+        plan.check(each)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    wanted, trace = masked_run(model, plan, example)
+    reference = [leaf.clone() for leaf in leaves(wanted)]
+    undo = Undo([model, *copies])
+    try:
+        cut_parameters(model, plan)
+        attributes = Attributes(model)
+        attributes.follow_parameters()
+        got = fit(model, attributes, trace, example)
+        difference = _compare(reference, leaves(got), trace.dtypes)
+        for each in copies:
+            cut_parameters(each, plan)
+            attributes.apply_to(each)
+        for state in optimizers:
+            cut_optimizer(state, undo.tensors[0], plan, model)
+    except BaseException:
+        undo.run()
+        raise
+    for each in (model, *copies):
+        remember(each, plan, attributes.changed)
+    return Slimmed(before, sum(parameter.numel() for parameter in model.parameters()), difference, attributes.changed)
+
+
+def _compare(reference: list[Tensor], got: list[Tensor], dtypes: set[torch.dtype]) -> float:
+    tolerance = max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
+    worst = 0.0
+    for want, have in zip(reference, got, strict=True):
+        if want.shape != have.shape:
+            raise GraphError(
+                f"slim_: an output changed its shape from {tuple(want.shape)} to {tuple(have.shape)}; "
+                "the model was put back as it was"
+            )
+        if not want.is_floating_point() or not want.numel():
+            continue
+        scale = float(want.abs().max().clamp_min(torch.finfo(want.dtype).tiny))
+        apart = float((want - have).abs().max()) / scale
+        if not apart <= tolerance:
+            raise GraphError(
+                f"slim_: the cut model does not compute what the masked one does, got a relative difference of "
+                f"{apart:.1e}; the model was put back as it was"
+            )
+        worst = max(worst, apart)
+    return worst
+
+
+class Undo:
+    """Everything a cut replaces, to put back."""
+
+    def __init__(self, models: list[nn.Module]) -> None:
+        self.models = models
+        self.tensors = [self._tensors(model) for model in models]
+        self._attributes = [(module, dict(module.__dict__)) for model in models for module in model.modules()]
+
+    @staticmethod
+    def _tensors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
+        found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return {name: (tensor, tensor.data, tensor.grad) for name, tensor in found.items()}
+
+    def run(self) -> None:
+        for tensors in self.tensors:
+            for tensor, data, grad in tensors.values():
+                tensor.data = data
+                tensor.grad = grad
+        for module, attributes in self._attributes:
+            for name, value in attributes.items():
+                if module.__dict__.get(name) is not value:
+                    module.__dict__[name] = value
