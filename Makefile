@@ -15,12 +15,12 @@ $(VENV)/.ready: requirements.txt
 	@touch $@
 
 TRAIN := $(PY) -m torch.distributed.run --standalone --nproc_per_node 2 apps/yolov5/train_prune.py
-DEMO := --data datasets/shapes/data.yaml --hyp apps/yolov5/recipes/hyp.demo.yaml --optimizer AdamW --cos-lr --img 128 \
+DEMO := --data runs/data/shapes/data.yaml --hyp apps/yolov5/recipes/hyp.demo.yaml --optimizer AdamW --cos-lr --img 128 \
 	--batch-size 8 --patience 0 --device cpu --cache --project runs/demo --exist-ok
 
 demo: export OMP_NUM_THREADS := 1
 demo: $(VENV)/.ready  ## train a small YOLOv5 on two processes, prune 80% of it with distillation, print both
-	$(PY) data/shapes_detection.py --output datasets/shapes
+	$(PY) data/shapes_detection.py --output runs/data/shapes
 	@echo "--- 1 of 2: dense training"
 	$(TRAIN) $(DEMO) --cfg yolov5n --epochs 24 --name dense
 	@echo "--- 2 of 2: pruning, learning from the dense model as well"
@@ -68,4 +68,4 @@ bench: $(VENV)/.ready  ## cost of the engine beside AdamW.step
 	$(PY) -m benchmarks.engine
 
 clean:
-	rm -rf $(VENV) .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis runs datasets
+	rm -rf $(VENV) .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis runs

@@ -1,6 +1,6 @@
 """Short texts with questions about them, in the layout of SQuAD: the same ones every time, nothing is downloaded.
 
-python data/questions.py --output datasets/questions
+python data/questions.py --output runs/data/questions
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def _answer(scene: Scene, cell: Cell) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make a small set of questions, as SQuAD.", exit_on_error=False)
-    parser.add_argument("--output", type=Path, default=Path("datasets/questions"), help="folder (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/data/questions"), help="folder (default: %(default)s)")
     try:
         folder = parser.parse_args(argv).output
         for ending, unanswerable in (("", False), ("-v2", True)):

@@ -1,6 +1,6 @@
 """Film reviews from a grammar, to classify and to compare: the same rows every time, nothing is downloaded.
 
-python data/sentences.py --output datasets/sentences
+python data/sentences.py --output runs/data/sentences
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def _clause(rng: random.Random, fact: Fact) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make two small sets of sentences, as CSV.", exit_on_error=False)
-    parser.add_argument("--output", type=Path, default=Path("datasets/sentences"), help="folder (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/data/sentences"), help="folder (default: %(default)s)")
     try:
         folder = parser.parse_args(argv).output
         for name, rows in (("sentiment", sentiment), ("paraphrase", paraphrase)):

@@ -1,6 +1,6 @@
 """Circles, squares and triangles to detect, in YOLO layout, made on the spot: the same seed gives the same bits.
 
-python data/shapes_detection.py --output datasets/shapes
+python data/shapes_detection.py --output runs/data/shapes
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def _paint(rng: np.random.Generator, canvas: np.ndarray, thing: Thing) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make a small detection set in YOLO layout.", exit_on_error=False)
-    parser.add_argument("--output", type=Path, default=Path("datasets/shapes"), help="folder (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/data/shapes"), help="folder (default: %(default)s)")
     for name, value in (("train", 400), ("val", 96), ("size", 128), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=value, help="(default: %(default)s)")
     start = time.perf_counter()

@@ -112,7 +112,7 @@ def test_the_demo_in_short(tmp_path):
     lines = [line for line in shown.replace("\\\n", " ").splitlines() if ".py " in line]
     assert len(lines) == 3
     for line in lines:
-        line = line.replace("datasets/shapes", f"{tmp_path}/shapes", 1).replace("runs/demo", str(tmp_path))
+        line = line.replace("runs/data/shapes", f"{tmp_path}/shapes", 1).replace("runs/demo", str(tmp_path))
         line = re.sub(r"--epochs \d+", "--epochs 3", line).replace("--cooldown_epochs 6", "--cooldown_epochs 1")
         words = line.split()[1:] + (["--train", "12", "--val", "6"] if "shapes_detection" in line else [])
         done = run(*words)

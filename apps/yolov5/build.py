@@ -109,7 +109,7 @@ def _check(options: Namespace, ranks: Ranks) -> None:
     check_epochs(options.epochs, options.cooldown_epochs, options.do_prune)
     if not options.data:
         raise BadInput(
-            "--data: is missing; make a small set with python data/shapes_detection.py --output datasets/shapes"
+            "--data: is missing; make a small set with python data/shapes_detection.py --output runs/data/shapes"
         )
     if not options.weights and not options.cfg:
         options.weights = "yolov5s.pt"  # YOLOv5's default
