@@ -18,6 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from pruning_core import CheckpointError, checkpoint
 from pruning_core.export import container, load_sparse, load_sparse_into, packed, read_metadata, save_sparse
@@ -955,3 +957,29 @@ def test_many_empty_weights_are_one_bomb(tmp_path):
         container.write(tmp_path / "a.safetensors", {"aliases": {}, "metadata": {}}, rows, scratch)
     with pytest.raises(CheckpointError, match=r"would become 13,421,772,800 bytes, got 43,\d\d\d that are stored"):
         load_sparse(tmp_path / "a.safetensors")
+
+
+@pytest.fixture
+def sharded():
+    """A weight that is spread over ranks, of which there is one."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    yield lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)])
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_weights_are_refused(tmp_path, sharded):
+    dense = {"weight": torch.randn(8, 8)}
+    path = tmp_path / "m.safetensors"
+    with pytest.raises(CheckpointError, match=r"^weight: is sharded over ranks; give get_model_state_dict"):
+        save_sparse({"weight": sharded(dense["weight"])}, path)
+    assert not path.exists()
+
+    save_sparse(dense, path)
+    model = nn.Linear(8, 8, bias=False)
+    model.weight = nn.Parameter(sharded(torch.zeros(8, 8)))
+    with pytest.raises(
+        CheckpointError, match="weight: cannot be filled in place, got a tensor sharded over ranks; use"
+    ):
+        load_sparse_into(model, path)
+    assert not model.weight.full_tensor().any()
