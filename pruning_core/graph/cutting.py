@@ -16,6 +16,15 @@ from pruning_core.graph.tracing import GraphError
 Before = Mapping[str, tuple[Tensor, Tensor, Tensor | None]]
 
 
+def put(tensor: Tensor, data: Tensor) -> None:
+    """Gives a tensor other data, of any shape. Autograd remembers a leaf's shape for as long as some graph of it lives
+    (the last loss that a loop still holds), and forgets it only when the type changes as well."""
+    if tensor.requires_grad and tensor.is_leaf and tensor.shape != data.shape:
+        other = torch.float16 if data.dtype != torch.float16 else torch.float32
+        tensor.data = torch.empty(0, dtype=other, device=data.device)
+    tensor.data = data
+
+
 def cut_parameters(model: nn.Module, plan: Plan) -> None:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     by_tensor: dict[str, list[Axis]] = {}
@@ -26,7 +35,7 @@ def cut_parameters(model: nn.Module, plan: Plan) -> None:
         data = tensor.detach()
         for axis in axes:
             data = data.index_select(axis.dim, torch.tensor(plan.kept(axis), device=data.device))
-        tensor.data = data
+        put(tensor, data)
         tensor.grad = None
 
 

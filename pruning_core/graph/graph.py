@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from pruning_core.graph.proof import prove
 from pruning_core.graph.recorder import Cost, Recorder
 from pruning_core.graph.shadows import Stored
 from pruning_core.graph.tracing import GraphError, as_inputs, record
+from pruning_core.graph.values import mean_values
 
 
 class ChannelGraph:
@@ -29,10 +30,18 @@ class ChannelGraph:
     """
 
     def __init__(
-        self, model: nn.Module, labels: Labels, stored: Stored, traces: list[Recorder], notes: list[str]
+        self,
+        model: nn.Module,
+        labels: Labels,
+        stored: Stored,
+        traces: list[Recorder],
+        notes: list[str],
+        outputs_may_shrink: bool = False,
     ) -> None:
         self.model, self.labels, self.stored = model, labels, stored
+        self.outputs_may_shrink = outputs_may_shrink
         self.notes = notes
+        self.parameters = frozenset(name for name, _ in model.named_parameters())
         self.consumers = frozenset(axis for trace in traces for axis in trace.consumers)
         self.norms = frozenset(where for trace in traces for where in trace.norms)
         self._costs = traces[0].costs
@@ -46,20 +55,24 @@ class ChannelGraph:
         self.where = {unit: (group.name, i) for group in self.groups.values() for i, unit in enumerate(group.members)}
 
     @classmethod
-    def trace(cls, model: nn.Module, example_inputs: Any, train_inputs: Any = None) -> ChannelGraph:
+    def trace(
+        cls, model: nn.Module, example_inputs: Any, train_inputs: Any = None, *, outputs_may_shrink: bool = False
+    ) -> ChannelGraph:
+        """With ``outputs_may_shrink`` channels of outputs are not frozen; ``slim_`` must be told the same."""
+        shrink = outputs_may_shrink
         labels = Labels()
         stored = Stored(labels, model)
-        traces = [record(model, as_inputs(example_inputs), labels, stored, False, Recorder)]
+        traces = [record(model, as_inputs(example_inputs), labels, stored, False, Recorder, shrink)]
         notes: list[str] = []
         try:
             inputs = as_inputs(example_inputs if train_inputs is None else train_inputs)
-            traces.append(record(model, inputs, labels, stored, True, Recorder))
+            traces.append(record(model, inputs, labels, stored, True, Recorder, shrink))
         except GraphError as error:
             if train_inputs is not None:
                 raise
             notes.append(f"traced in evaluation mode only: {error}")
         constrain(model, labels)
-        graph = cls(model, labels, stored, traces, notes)
+        graph = cls(model, labels, stored, traces, notes, shrink)
         prove(graph, traces, as_inputs(example_inputs))
         return graph
 
@@ -86,6 +99,10 @@ class ChannelGraph:
         units = self.components.of_label[self.labels.axes[axis].numpy()]
         return all(self.components.fixed(int(unit)) and int(unit) not in self.components.reasons for unit in units)
 
+    def read_values(self, run: Callable[[nn.Module], Any]) -> np.ndarray:
+        """The mean absolute value that layers read of each label while ``run(model)`` works."""
+        return mean_values(self.model, run)
+
     # ---- what is left when channels go ------------------------------------------------------------------------------
 
     def dead(self, removed: Mapping[str, Iterable[int]]) -> np.ndarray:
@@ -98,14 +115,13 @@ class ChannelGraph:
     def params(self, removed: Mapping[str, Iterable[int]] | None = None) -> int:
         """Parameters of the whole model."""
         dead = self.dead(removed or {})
-        buffers = {name for name, _ in self.model.named_buffers()}
         total = 0
         for name, tensor in self.model.named_parameters():
             kept = [
                 int((~dead[self.labels.axes[Axis(name, dim)].numpy()]).sum()) if name in self.stored.names else size
                 for dim, size in enumerate(tensor.shape)
             ]
-            total += int(np.prod(kept)) if name not in buffers else 0
+            total += int(np.prod(kept))
         return total
 
     def macs(self, removed: Mapping[str, Iterable[int]] | None = None) -> int:

@@ -81,6 +81,7 @@ class Labels:
         self._count = 1
         self._ties: list[Tensor] = []
         self._frozen: list[tuple[Tensor, str]] = []
+        self._free: list[Tensor] = []
         self.balances: list[tuple[Tensor, Tensor]] = []
 
     def add(self, axis: Axis, size: int) -> Tensor:
@@ -123,6 +124,10 @@ class Labels:
         if labels.numel():
             self._frozen.append((labels, f"{because}, at {self.here}" if self.here else because))
 
+    def free(self, labels: Tensor) -> None:
+        """These may go alone: nothing reads them, and nothing says that they stay."""
+        self._free.append(stored(labels)[0].unique())
+
     def __len__(self) -> int:
         return self._count
 
@@ -146,15 +151,16 @@ class Labels:
         for labels, why in self._frozen:
             for found in np.unique(component[labels.numpy()]):
                 reasons.setdefault(int(found), why)
-        return Components(component, reasons)
+        return Components(component, reasons, torch.cat([torch.zeros(0, dtype=torch.int32), *self._free]).numpy())
 
 
 class Components:
     """Which unit a label belongs to, and why a unit must stay."""
 
-    def __init__(self, of_label: np.ndarray, reasons: dict[int, str]) -> None:
+    def __init__(self, of_label: np.ndarray, reasons: dict[int, str], free: np.ndarray) -> None:
         self.of_label, self.reasons = of_label, reasons
         self._fixed = np.bincount(of_label) == 1  # an axis that nothing has looked at
+        self._fixed[of_label[free]] = False
         self._fixed[list(reasons)] = True
 
     def fixed(self, unit: int) -> bool:

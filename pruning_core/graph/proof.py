@@ -25,6 +25,7 @@ class Provable(Protocol):
     model: nn.Module
     labels: Labels
     groups: dict[str, Group]
+    outputs_may_shrink: bool
 
     def solve(self, traces: list[Recorder]) -> None: ...
     def restored(self, removed: Mapping[str, Iterable[int]]) -> dict[str, list[int]]: ...
@@ -38,7 +39,8 @@ def prove(graph: Provable, traces: list[Recorder], example: Inputs) -> None:
     for _ in range(ROUNDS):
         plan = graph.plan(graph.restored({name: range(len(group) // 2) for name, group in graph.groups.items()}))
         try:
-            slim_(copy.deepcopy(graph.model), plan, example_inputs=example)
+            shrink = graph.outputs_may_shrink
+            slim_(copy.deepcopy(graph.model), plan, example_inputs=example, outputs_may_shrink=shrink)
             return
         except CannotFollowError as error:
             kind = _kind(graph, error.step)

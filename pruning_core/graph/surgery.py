@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pruning_core.graph.attributes import Attributes, fit
-from pruning_core.graph.cutting import cut_optimizer, cut_parameters
-from pruning_core.graph.masked import masked_run
+from pruning_core.graph.attributes import Attributes, fit, left
+from pruning_core.graph.cutting import cut_optimizer, cut_parameters, put
+from pruning_core.graph.masked import MaskedRun, masked_run
 from pruning_core.graph.plan import Plan
 from pruning_core.graph.structure import remember
 from pruning_core.graph.tracing import GraphError, as_inputs, leaves
@@ -44,11 +44,13 @@ def slim_(
     example_inputs: Any,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     ema: nn.Module | Iterable[nn.Module] | None = None,
+    outputs_may_shrink: bool = False,
 ) -> Slimmed:
     """Cuts the model as the plan says, and with it optimizer states and averaged copies.
 
     The cut model runs on the example and must give what the masked dense model gives; if it does not, everything is
-    put back and ``GraphError`` says where they part.
+    put back and ``GraphError`` says where they part. With ``outputs_may_shrink``, for plans of a graph that was traced
+    so, outputs lose removed channels, and the kept ones must be the same.
     """
     plan.check(model)
     example = as_inputs(example_inputs)
@@ -58,7 +60,7 @@ def slim_(
         plan.check(each)
     before = sum(parameter.numel() for parameter in model.parameters())
     wanted, trace = masked_run(model, plan, example)
-    reference = [leaf.clone() for leaf in leaves(wanted)]
+    reference = [_kept(leaf, trace) if outputs_may_shrink else leaf.detach().clone() for leaf in leaves(wanted)]
     undo = Undo([model, *copies])
     try:
         cut_parameters(model, plan)
@@ -79,6 +81,15 @@ def slim_(
     return Slimmed(before, sum(parameter.numel() for parameter in model.parameters()), difference, attributes.changed)
 
 
+def _kept(output: Tensor, trace: MaskedRun) -> Tensor:
+    """What is left of an output that loses channels."""
+    shadow = trace.shadow_of(output)
+    shape = left(shadow, trace.dead) if isinstance(shadow, Tensor) else None
+    if not isinstance(shadow, Tensor) or shape is None or shape == tuple(output.shape):
+        return output.detach().clone()
+    return output[~trace.dead[shadow.long()]].reshape(shape)
+
+
 def _compare(reference: list[Tensor], got: list[Tensor], dtypes: set[torch.dtype]) -> float:
     tolerance = max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
     worst = 0.0
@@ -91,7 +102,7 @@ def _compare(reference: list[Tensor], got: list[Tensor], dtypes: set[torch.dtype
         if not want.is_floating_point() or not want.numel():
             continue
         scale = float(want.abs().max().clamp_min(torch.finfo(want.dtype).tiny))
-        apart = float((want - have).abs().max()) / scale
+        apart = float((want - have.detach()).abs().max()) / scale
         if not apart <= tolerance:
             raise GraphError(
                 f"slim_: the cut model does not compute what the masked one does, got a relative difference of "
@@ -117,7 +128,7 @@ class Undo:
     def run(self) -> None:
         for tensors in self.tensors:
             for tensor, data, grad in tensors.values():
-                tensor.data = data
+                put(tensor, data)
                 tensor.grad = grad
         for module, attributes in self._attributes:
             for name, value in attributes.items():

@@ -41,11 +41,23 @@ def as_inputs(example: Any) -> Inputs:
 
 
 @contextlib.contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """Buffers keep their values: a norm learns nothing from a pass that only looks."""
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in values:
+                if buffer.shape == value.shape and not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+@contextlib.contextmanager
 def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
     """Modes, buffers, cached attributes and random state are afterwards what they were. Norms do not learn here."""
     modes = [(module, module.training) for module in model.modules()]
     attributes = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
-    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     model.train(training)
@@ -53,7 +65,7 @@ def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
         if isinstance(module, _BatchNorm):
             module.eval()
     try:
-        with torch.random.fork_rng(enabled=True):
+        with still(model), torch.random.fork_rng(enabled=True):
             torch.manual_seed(0)
             yield
     finally:
@@ -62,10 +74,6 @@ def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
             _restore(module, before, buffers)
         for module, mode in modes:
             module.training = mode
-        with torch.no_grad():
-            for buffer, value in values:
-                if buffer.shape == value.shape and not torch.equal(buffer, value):
-                    buffer.copy_(value)
 
 
 def _restore(module: nn.Module, before: dict[str, Any], buffers: dict[str, Any]) -> None:
@@ -79,9 +87,15 @@ def _restore(module: nn.Module, before: dict[str, Any], buffers: dict[str, Any])
 
 
 def record(
-    model: nn.Module, example: Inputs, labels: Labels, stored: Stored, training: bool, made: Callable[..., Recorder]
+    model: nn.Module,
+    example: Inputs,
+    labels: Labels,
+    stored: Stored,
+    training: bool,
+    made: Callable[..., Recorder],
+    outputs_may_shrink: bool = False,
 ) -> Recorder:
-    """One forward pass; its outputs keep their shape, so all channels in them stay."""
+    """One forward pass; its outputs keep their shape, so all channels in them stay, unless they may shrink."""
     args, kwargs = example
     where = Where(model)
     trace = made(labels, stored, rule_of, where)
@@ -89,10 +103,7 @@ def record(
     try:
         with untouched(model, training), torch.inference_mode(), trace:
             trace.output = model(*args, **kwargs)
-        labels.here = "the model's output"
-        for leaf in leaves(trace.output):
-            shadow = trace.shadow_of(leaf)
-            trace.freeze(shadow, "is an output")
+        _end(trace, outputs_may_shrink)
     except Exception as error:
         mode = "training" if training else "evaluation"
         raise GraphError(
@@ -102,6 +113,16 @@ def record(
     finally:
         where.remove()
     return trace
+
+
+def _end(trace: Recorder, outputs_may_shrink: bool) -> None:
+    trace.labels.here = "the model's output"
+    for leaf in leaves(trace.output):
+        shadow = trace.shadow_of(leaf)
+        if outputs_may_shrink and isinstance(shadow, Tensor):  # a parameter as an output always stays
+            trace.labels.free(shadow)
+        else:
+            trace.freeze(shadow, "is an output")
 
 
 def _first_line(error: BaseException) -> str:

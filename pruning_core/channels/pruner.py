@@ -1,0 +1,126 @@
+"""Removes channels while a model trains: a few at a time, those that the loss needs least."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from pruning_core.channels.importance import IMPORTANCES, Data, ToLoss, own_gradients, unit_scores
+from pruning_core.channels.planner import Limits, Removed, ordered, removed_of
+from pruning_core.graph import ChannelGraph, GraphError, Slimmed, slim_
+from pruning_core.graph.tracing import Inputs
+
+
+class Pruner:
+    """``rebuild_model`` in the training loop takes the least important channels out of model and optimizer.
+
+    ``distributed``: the model trains on several ranks, each calling ``rebuild_model`` at the same step with a batch of
+    its own. Scores are averaged, all ranks remove the same channels, and a ``DistributedDataParallel`` around the
+    model is made ready for its new parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        distributed: bool = False,
+        *,
+        importance: str = "taylor",
+        round_to: int = 1,
+        max_share: float = 0.95,
+        layers: Mapping[str, float] | None = None,
+    ) -> None:
+        self.model = model
+        self.inner = model.module if isinstance(model, DistributedDataParallel) else model
+        self.distributed = distributed
+        self.importance = IMPORTANCES[importance]
+        self.limits = Limits(round_to, max_share, layers or {})
+        if distributed and not torch.distributed.is_initialized():
+            raise GraphError("distributed: there is no process group, got True; start one first, or give False")
+
+    def rebuild_model(self, batch: Any, to_loss_fn: ToLoss, optimizer: Optimizer, prune_num: int) -> Slimmed:
+        """Removes ``prune_num`` channels: those that change ``to_loss_fn(model, batch)`` least, to first order.
+
+        Parameters keep their identity and the optimizer its states, so the loop simply goes on. Pieces of a ``chunk``
+        stay of one size and sizes are rounded, so a few channels less may go; the answer says what is left.
+        """
+        if prune_num < 1:
+            raise GraphError(f"prune_num: must be at least 1, got {prune_num}")
+        example = self._example(batch, to_loss_fn)
+        graph = ChannelGraph.trace(self.inner, example)
+        scores = unit_scores(graph, self.importance(), Data([batch], lambda _, each: self._loss(to_loss_fn, each)))
+        scores = self._averaged(scores)
+        plan = graph.plan(self._chosen(graph, scores, prune_num))
+        done = slim_(self.inner, plan, example_inputs=example, optimizer=optimizer)
+        if isinstance(self.model, DistributedDataParallel):
+            renew(self.model)
+        return done
+
+    def _loss(self, to_loss_fn: ToLoss, batch: Any) -> Tensor:
+        """A number, whatever is returned: what is not summed yet is summed here."""
+        parts = [leaf.sum() for leaf in pytree.tree_leaves(to_loss_fn(self.model, batch)) if isinstance(leaf, Tensor)]
+        if not parts:
+            raise GraphError("to_loss_fn: must return a tensor that depends on the model, got none")
+        return torch.stack([each.float() for each in parts]).sum()
+
+    def _example(self, batch: Any, to_loss_fn: ToLoss) -> Inputs:
+        """What the model is called with for this batch."""
+        calls: list[Inputs] = []
+        hook = self.inner.register_forward_pre_hook(
+            lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+        )
+        try:
+            with torch.no_grad(), own_gradients(self.inner):
+                to_loss_fn(self.inner, batch)
+        finally:
+            hook.remove()
+        if not calls:
+            raise GraphError("to_loss_fn: must call the model that it is given, got a function that does not")
+        return pytree.tree_map_only(Tensor, Tensor.detach, calls[0])
+
+    def _averaged(self, scores: dict[int, float]) -> dict[int, float]:
+        """One and the same on all ranks: the mean, as rank 0 has it."""
+        if not self.distributed:
+            return scores
+        device = next(self.inner.parameters()).device
+        values = torch.tensor(list(scores.values()), dtype=torch.float64, device=device)
+        distributed.all_reduce(values)
+        distributed.broadcast(values, src=0)
+        return dict(zip(scores, (values / distributed.get_world_size()).tolist(), strict=True))
+
+    def _chosen(self, graph: ChannelGraph, scores: Mapping[int, float], prune_num: int) -> Removed:
+        """The longest beginning of the ranking with at most so many channels in it."""
+        order = ordered(graph, scores, "global")
+        most = removed_of(graph, self.limits, scores, order)
+        if _count(most) < prune_num:
+            raise GraphError(
+                f"prune_num: only {_count(most)} channels of this model can go within these limits, got {prune_num}"
+            )
+        low, high = prune_num, len(order)
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = _count(removed_of(graph, self.limits, scores, order[:middle])) <= prune_num
+            low, high = (middle, high) if fits else (low, middle - 1)
+        chosen = removed_of(graph, self.limits, scores, order[:low])
+        if not _count(chosen):
+            raise GraphError(
+                f"prune_num: so few channels leave no piece of a chunk or no rounded size, got {prune_num}; give more"
+            )
+        return chosen
+
+
+def _count(removed: Removed) -> int:
+    return sum(map(len, removed.values()))
+
+
+def renew(wrapper: DistributedDataParallel) -> None:
+    """Makes the wrapper's gradient buckets anew, the way it does itself when it is unpickled."""
+    if wrapper.process_group is not distributed.distributed_c10d._get_default_group():
+        raise GraphError("model: wrapped with a process group of its own, got one; wrap it again after the cut")
+    state = wrapper.__getstate__()
+    wrapper.__setstate__(state)

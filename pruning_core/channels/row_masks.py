@@ -1,0 +1,152 @@
+"""Masks of whole rows, on a weight and its bias, and which channels they remove."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.utils import parametrize
+
+from pruning_core.graph import ChannelGraph, GraphError
+from pruning_core.graph.groups import Group
+from pruning_core.graph.labels import Axis
+
+SHOWN = 4
+
+
+class FakeStructuredSparsity(nn.Module):
+    """A parametrization under which rows whose ``mask`` is False read as zero."""
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        return zero_rows(tensor, self.mask)
+
+
+def zero_rows(tensor: Tensor, mask: Tensor) -> Tensor:
+    return tensor.masked_fill(~mask.view(-1, *[1] * (tensor.dim() - 1)), 0)
+
+
+class RowMask:
+    """One configured tensor under its mask. The Parameter objects, and their order, outlive the mask."""
+
+    def __init__(self, fqn: str, module: nn.Module, name: str, prune_bias: bool) -> None:
+        self.fqn, self.module, self.name, self.prune_bias = fqn, module, name, prune_bias
+        self.order: list[str] = []
+        self.under = [name]
+        rows, bias = self.tensor.shape[:1], module._parameters.get("bias")
+        beside = name == "weight" and not isinstance(module, _ConvTransposeNd)  # whose rows are inputs
+        if prune_bias and beside and bias is not None and bias.shape == rows:
+            self.under.append("bias")
+        self.fake = FakeStructuredSparsity(torch.ones(rows, dtype=torch.bool, device=self.tensor.device))
+
+    @property
+    def tensor(self) -> Tensor:
+        """As it is without the mask."""
+        tensor = self.module._parameters.get(self.name)
+        return self.module.get_parameter(f"parametrizations.{self.name}.original") if tensor is None else tensor
+
+    @property
+    def mask(self) -> Tensor:
+        return self.fake.mask
+
+    def attach(self) -> None:
+        self.order = list(self.module._parameters)
+        for name in self.under:
+            parametrize.register_parametrization(self.module, name, self.fake)
+
+    def detach(self) -> None:
+        for name in self.under:
+            parametrize.remove_parametrizations(self.module, name, leave_parametrized=False)
+        parameters = self.module._parameters
+        for name in self.order:
+            parameters[name] = parameters.pop(name)
+
+    def settle(self, undo: ExitStack) -> None:
+        """Masked rows become zero in the parameters themselves."""
+        for name in self.under:
+            tensor = self.module._parameters[name]
+            assert tensor is not None
+            undo.callback(setattr, tensor, "data", tensor.data)
+            tensor.data = zero_rows(tensor.data, self.mask)
+
+    def check(self) -> None:
+        """What a user's ``update_mask`` left."""
+        mask = self.mask
+        if mask.dtype != torch.bool or mask.shape != self.tensor.shape[:1]:
+            raise ValueError(
+                f"{self.fqn}: its mask must be boolean, one value for each of {len(self.tensor)} rows, got "
+                f"{mask.dtype} of shape {tuple(mask.shape)}; write into the mask in place"
+            )
+
+
+@dataclass
+class Chosen:
+    """Channels that go, by group; those of them that had no ``prune_bias``; how many masked rows stay, and why."""
+
+    removed: dict[str, list[int]] = field(default_factory=dict)
+    stay: Counter[str] = field(default_factory=Counter)
+    with_constants: dict[str, list[int]] = field(default_factory=dict)
+
+
+def choose(graph: ChannelGraph, masks: list[RowMask]) -> Chosen:
+    """A channel goes when every configured tensor that holds it masks all its rows of it."""
+    names = {id(tensor): name for name, tensor in graph.stored.names.items()}
+    known = {Axis(names[id(mask.tensor)], 0): mask for mask in masks if id(mask.tensor) in names}
+    dead = {axis: (~mask.mask).cpu().tolist() for axis, mask in known.items()}
+    for axis, mask in known.items():
+        _refuse_frozen(graph, axis, mask.fqn, dead[axis])
+    chosen = Chosen()
+    agreed = {
+        group.name: [i for i in range(len(group)) if (rows := _rows(group, i, dead)) and all(rows)]
+        for group in graph.groups.values()
+    }
+    chosen.removed = graph.restored({name: at for name, at in agreed.items() if at})
+    for group in graph.groups.values():
+        gone = set(chosen.removed.get(group.name, ()))
+        for i in range(len(group)):
+            if i not in gone and any(_rows(group, i, dead)):
+                chosen.stay[_names(group, i, known, dead)] += sum(_rows(group, i, dead))
+        if gone and any(axis in known and not known[axis].prune_bias for axis in group.axes):
+            chosen.with_constants[group.name] = sorted(gone)
+    return chosen
+
+
+def _rows(group: Group, i: int, dead: Mapping[Axis, list[bool]]) -> list[bool]:
+    """Of each row of a channel in configured tensors whether it is masked."""
+    return [dead[axis][row] for axis, rows in group.slices[i].items() if axis in dead for row in rows]
+
+
+def _names(group: Group, i: int, known: Mapping[Axis, RowMask], dead: Mapping[Axis, list[bool]]) -> str:
+    held = [(known[axis].fqn, dead[axis][row]) for axis, at in group.slices[i].items() if axis in known for row in at]
+    gone = list(dict.fromkeys(fqn for fqn, masked in held if masked))
+    kept = list(dict.fromkeys(fqn for fqn, masked in held if not masked))
+    beside = f"kept rows of {_some(kept)}" if kept else "pieces that must stay of one size"
+    return f"{_some(gone)} with {beside}"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def _refuse_frozen(graph: ChannelGraph, axis: Axis, fqn: str, dead: list[bool]) -> None:
+    if all(dead):
+        raise GraphError(f"{fqn}: its mask prunes every row, got {len(dead)} of {len(dead)}; keep one at least")
+    units = graph.components.of_label[graph.labels.axes[axis].numpy()]
+    stuck = [row for row, gone in enumerate(dead) if gone and int(units[row]) not in graph.where]
+    if stuck:
+        unit = int(units[stuck[0]])
+        unused = "no operation uses it on these inputs" if graph.components.fixed(unit) else "no row is coupled like it"
+        raise GraphError(
+            f"{fqn}: masked rows cannot be removed ({graph.components.reasons.get(unit) or unused}), got {len(stuck)} "
+            f"such rows, the first is {stuck[0]}; keep them or leave the layer out of the config"
+        )

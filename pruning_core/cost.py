@@ -1,0 +1,39 @@
+"""What a model costs: how long one forward pass takes, measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+Timed = Callable[[], object]
+
+
+def seconds(run: Timed, repeats: int = 9, warmup: int = 2) -> float:
+    """Median wall time of one call; on an accelerator it is waited for."""
+    for _ in range(warmup):
+        run()
+    return median(_once(run) for _ in range(repeats))
+
+
+def ratio(run: Timed, beside: Timed, repeats: int = 9, warmup: int = 2) -> float:
+    """How long ``run`` takes beside another, call by call in turns: a busy machine slows both."""
+    for _ in range(warmup):
+        run()
+        beside()
+    return median(_once(run) / max(_once(beside), 1e-9) for _ in range(repeats))
+
+
+def _once(run: Timed) -> float:
+    _wait()
+    start = time.perf_counter()
+    run()
+    _wait()
+    return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

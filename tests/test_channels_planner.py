@@ -1,0 +1,223 @@
+"""Which channels go: scores by hand, budgets that are met, limits that are kept."""
+
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from pruning_core.channels import IMPORTANCES, plan_channels
+from pruning_core.channels.importance import Data, unit_scores
+from pruning_core.graph import ChannelGraph, GraphError, slim_
+
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+BATCH = (IMAGES, torch.tensor([0, 1, 2, 3]))
+NEAR = {"rtol": 1e-5, "atol": 0.0}
+BUDGETS = ("params", "macs", "channels")
+
+
+def net(width=32):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, stride=2),
+        nn.BatchNorm2d(2 * width),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2 * width, 4),
+    )
+    for norm in (model[1], model[4]):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+    return model
+
+
+def loss(model, batch):
+    return cross_entropy(model(batch[0]), batch[1])
+
+
+DATA = {"batches": [BATCH, (IMAGES.flip(0), BATCH[1])], "to_loss": loss}
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return ChannelGraph.trace(net(), IMAGES[:1])
+
+
+@pytest.mark.parametrize("kind", BUDGETS)
+@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize("importance", list(IMPORTANCES))
+def test_every_importance_meets_every_budget(graph, importance, scope, kind):
+    plan = plan_channels(graph, {kind: 0.5}, importance=importance, scope=scope, **DATA)
+    removed = plan.channels
+    left = {
+        "params": graph.params(removed) / graph.params(),
+        "macs": graph.macs(removed) / graph.macs(),
+        "channels": 1 - sum(map(len, removed.values())) / sum(map(len, graph.groups.values())),
+    }[kind]
+    assert 0.5 - 0.015 < left <= 0.5  # one channel is up to 0.015 of this small net
+    again = plan_channels(graph, {kind: 0.5}, importance=importance, scope=scope, **DATA)
+    assert again == plan
+    model = net()
+    done = slim_(model, plan, example_inputs=IMAGES[:1])
+    assert done.params_after == graph.params(removed)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0.05, 1.0), st.sampled_from([1, 2, 4, 8]), st.floats(0.1, 1.0), st.sampled_from(["global", "local"]))
+def test_limits_are_kept(graph, budget, multiple, most, scope):
+    try:
+        plan = plan_channels(graph, {"params": budget}, round_to=multiple, max_share=most, scope=scope)
+    except GraphError as error:
+        least = float(re.search(r"from ([\d.]+) to 1 can be reached", str(error)).group(1))
+        assert least >= budget - 0.001
+        return
+    assert graph.params(plan.channels) <= budget * graph.params()
+    for name, channels in plan.channels.items():
+        size = len(graph.groups[name])
+        assert (size - len(channels)) % multiple == 0
+        assert len(channels) <= most * size
+        assert len(channels) < size
+
+
+def test_layers_that_stay(graph):
+    plan = plan_channels(graph, {"channels": 0.6}, layers={"0.*": 0.0})
+    assert {axis.tensor for axis in plan.removed} == {"3.weight", "3.bias", "4.weight", "4.bias", "8.weight"} | {
+        "4.running_mean",
+        "4.running_var",
+    }
+
+
+def scores_of(graph, importance):
+    return unit_scores(graph, IMPORTANCES[importance](), Data(DATA["batches"], loss))
+
+
+def by_channel(graph, importance, group):
+    scores = scores_of(graph, importance)
+    return torch.tensor([scores[unit] for unit in graph.groups[group].members], dtype=torch.float64)
+
+
+def normed(values):
+    return values.double() / values.double().mean()
+
+
+def test_magnitude_by_hand(graph):
+    model = graph.model
+    made, read = model[0].weight.detach(), model[3].weight.detach()
+    expected = (made.square().sum((1, 2, 3)) + read.square().sum((0, 2, 3))) / 2
+    torch.testing.assert_close(by_channel(graph, "magnitude", "0.weight:0"), normed(expected), **NEAR)
+    expected = (made.abs().sum((1, 2, 3)) + read.abs().sum((0, 2, 3))) / 2
+    torch.testing.assert_close(by_channel(graph, "l1", "0.weight:0"), normed(expected), **NEAR)
+
+
+def test_norm_scale_by_hand(graph):
+    expected = normed(graph.model[1].weight.detach().abs())
+    torch.testing.assert_close(by_channel(graph, "bn_scale", "0.weight:0"), expected)
+
+
+def test_geometric_median_by_hand(graph):
+    rows = graph.model[3].weight.detach().flatten(1)
+    expected = torch.stack([(rows - row).norm(dim=1).sum() for row in rows])
+    torch.testing.assert_close(by_channel(graph, "geometric_median", "3.weight:0"), normed(expected), **NEAR)
+
+
+def slices(model, make):
+    """What goes with the channels of the first convolution, summed by ``make(tensor, dim)``."""
+    return [make(each, 0) for each in (model[0].weight, model[0].bias, model[1].weight, model[1].bias)] + [
+        make(model[3].weight, 1)
+    ]
+
+
+def test_first_order_scores_by_hand(graph):
+    model = net()
+    change, sizes = [], []
+    for batch in DATA["batches"]:
+        model.zero_grad()
+        loss(model, batch).backward()
+        change.append(slices(model, lambda w, d: (w * w.grad).detach().movedim(d, 0).flatten(1).sum(1)
+                             if w.dim() > 1 else (w * w.grad).detach()))  # fmt: skip
+        sizes.append(slices(model, lambda w, d: w.grad.abs().movedim(d, 0).flatten(1).sum(1)
+                            if w.dim() > 1 else w.grad.abs()))  # fmt: skip
+    change, sizes = (torch.stack([torch.stack(each) for each in kind]).double() for kind in (change, sizes))
+    near = {"rtol": 1e-4, "atol": 1e-7}
+    torch.testing.assert_close(by_channel(graph, "taylor", "0.weight:0"), normed(change.mean(0).abs().mean(0)), **near)
+    torch.testing.assert_close(
+        by_channel(graph, "fisher", "0.weight:0"), normed(change.square().mean(0).mean(0)), **near
+    )
+    torch.testing.assert_close(by_channel(graph, "gradient", "0.weight:0"), normed(sizes.sum(0).mean(0)), **near)
+
+
+def test_activation_by_hand(graph):
+    model = net().eval()
+    read = torch.cat([model[:3](batch[0]) for batch in DATA["batches"]]).abs().mean((0, 2, 3)).detach()
+    torch.testing.assert_close(by_channel(graph, "activation", "0.weight:0"), normed(read), **NEAR)
+
+
+def test_gradients_of_the_loop_stay(graph):
+    model = graph.model
+    marks = {}
+    for name, parameter in model.named_parameters():
+        parameter.grad = marks[name] = torch.full_like(parameter, 7.0)
+    scores_of(graph, "taylor")
+    assert all(parameter.grad is marks[name] for name, parameter in model.named_parameters())
+    model.zero_grad()
+
+
+def test_a_latency_that_is_met():
+    model = nn.Sequential(nn.Linear(64, 4096), nn.ReLU(), nn.Linear(4096, 64))
+    example = torch.randn(64, 64)
+    graph = ChannelGraph.trace(model, example)
+    plan = plan_channels(graph, {"latency": 0.6}, example_inputs=example)
+    assert 0.05 <= graph.macs(plan.channels) / graph.macs() <= 0.8
+
+
+def test_equal_scores_are_spread_over_the_model(graph):
+    model = net()
+    for norm in (model[1], model[4]):
+        nn.init.ones_(norm.weight)
+    graph = ChannelGraph.trace(model, IMAGES[:1])
+    plan = plan_channels(graph, {"channels": 0.5}, importance="bn_scale")
+    shares = [len(plan.channels[name]) / len(group) for name, group in graph.groups.items()]
+    assert all(math.isclose(share, 0.5, abs_tol=0.04) for share in shares)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": {"flops": 0.5}}, r"^budget: is one of channels, params, macs, latency, got \{'flops': 0.5\}"),
+        ({"budget": {"macs": 0.5, "params": 0.5}}, "^budget: is one of"),
+        ({"budget": {"macs": 0}}, "^budget: is the share that is left, above 0 and at most 1, got 0"),
+        ({"budget": {"macs": 50}}, "^budget: is the share that is left"),
+        ({"budget": {"params": 0.001}}, r"^budget: cannot be met, got params 0.001; from 0\.\d+ to 1 can be reached"),
+        ({"scope": "layer"}, "^scope: is global or local, got 'layer'"),
+        ({"round_to": 0}, "^round_to, max_share: must be"),
+        ({"max_share": 1.5}, "^round_to, max_share: must be"),
+        ({"layers": {"conv9.*": 0.5}}, r"^layers: matches no parameter with channels that can go, got 'conv9\.\*'"),
+        ({"layers": {"0.*": 2}}, r"^layers: 0\.\* takes a share from 0 to 1, got 2"),
+        ({"importance": "taylor"}, "^importance: a first-order score is computed from data, got none"),
+        ({"importance": "taylor", "to_loss": loss}, "^importance: batches is empty"),
+        ({"importance": "activation"}, "^importance: activation is computed from data"),
+        ({"importance": "tailor"}, "did you mean 'taylor'"),
+        ({"budget": {"latency": 0.5}}, "^example_inputs: a latency is measured on them, got none"),
+    ],
+)
+def test_options_that_are_refused(graph, options, message):
+    options = {"budget": {"macs": 0.5}, **options}
+    with pytest.raises(ValueError, match=message):
+        plan_channels(graph, options.pop("budget"), **options)
+
+
+def test_a_score_that_is_not_finite():
+    model = net()
+    with torch.no_grad():
+        model[0].weight[0, 0, 0, 0] = math.nan
+    graph = ChannelGraph.trace(net(), IMAGES[:1])
+    graph.stored.names["0.weight"].data = model[0].weight.data
+    with pytest.raises(GraphError, match=r"^importance: a score is not finite"):
+        plan_channels(graph, {"macs": 0.5})
