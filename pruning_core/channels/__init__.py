@@ -1,5 +1,6 @@
 """Channels: which matter, which go."""
 
+from pruning_core.channels import ckpt_helper as ckpt_helper
 from pruning_core.channels.importance import IMPORTANCES as IMPORTANCES
 from pruning_core.channels.planner import plan_channels as plan_channels
 from pruning_core.channels.pruner import Pruner as Pruner

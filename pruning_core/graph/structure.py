@@ -35,6 +35,9 @@ def remember(model: nn.Module, plan: Plan, attributes: Mapping[str, Mapping[str,
         known["attributes"].setdefault(path, {}).update(
             {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         )
+    first = {id(each): name for name, each in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    known["tied"] = {name: first[id(each)] for name, each in every if first[id(each)] != name}
     model.__dict__[ATTRIBUTE] = known
 
 
@@ -74,7 +77,7 @@ def expanded(state: Mapping[str, Tensor], found: Mapping[str, Any]) -> dict[str,
         shape[axis.dim] = entry["size"]
         padded = torch.zeros(shape, dtype=value.dtype, device=value.device)
         full[axis.tensor] = padded.index_copy(axis.dim, torch.tensor(indices(entry["at"]), device=value.device), value)
-    return full
+    return {name: full.get(found["tied"].get(name, name), value) for name, value in full.items()}
 
 
 def _plan(found: Mapping[str, Any]) -> Plan:

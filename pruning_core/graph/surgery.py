@@ -60,7 +60,9 @@ def slim_(
         plan.check(each)
     before = sum(parameter.numel() for parameter in model.parameters())
     wanted, trace = masked_run(model, plan, example)
-    reference = [_kept(leaf, trace) if outputs_may_shrink else leaf.detach().clone() for leaf in leaves(wanted)]
+    reference = [
+        kept_part(trace, leaf, leaf) if outputs_may_shrink else leaf.detach().clone() for leaf in leaves(wanted)
+    ]
     undo = Undo([model, *copies])
     try:
         cut_parameters(model, plan)
@@ -81,13 +83,13 @@ def slim_(
     return Slimmed(before, sum(parameter.numel() for parameter in model.parameters()), difference, attributes.changed)
 
 
-def _kept(output: Tensor, trace: MaskedRun) -> Tensor:
-    """What is left of an output that loses channels."""
+def kept_part(trace: MaskedRun, output: Tensor, value: Tensor) -> Tensor:
+    """What is left of a value at the place of an output that loses channels."""
     shadow = trace.shadow_of(output)
     shape = left(shadow, trace.dead) if isinstance(shadow, Tensor) else None
     if not isinstance(shadow, Tensor) or shape is None or shape == tuple(output.shape):
-        return output.detach().clone()
-    return output[~trace.dead[shadow.long()]].reshape(shape)
+        return value.detach().clone()
+    return value[~trace.dead[shadow.long()]].reshape(shape)
 
 
 def _compare(reference: list[Tensor], got: list[Tensor], dtypes: set[torch.dtype]) -> float:
