@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 LEFTOVER_SECONDS = 3600
+METHOD = "pruning_core"
+"""The ``quant_method`` under which a transformers config says that a model is packed, cut or both."""
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 

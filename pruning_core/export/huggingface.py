@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pruning_core.checkpoint import CheckpointError
+from pruning_core.checkpoint import METHOD, CheckpointError
 from pruning_core.export.sparse_file import AUTO, Choice, read_safetensors, write_dense, write_state
 
 CONFIG, WEIGHTS, INDEX, CARD = "config.json", "model.safetensors", "model.safetensors.index.json", "README.md"
-METHOD = "pruning_core"
 OWN = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 """The names that ``save_pretrained`` gives to weights and their index."""
 CARD_MARK = "Its zeros are packed"
@@ -66,12 +65,13 @@ def pack_folder(source: str | Path, folder: str | Path, choice: Choice, name: st
     """The same for a folder that ``save_pretrained`` wrote; its other files are copied. ``name`` is for the card."""
     source, folder = Path(source), Path(folder)
     config, shards = read_folder(source)
-    if config.get("quantization_config"):
+    about = config.get("quantization_config") or {}
+    if about and (about.get("quant_method") != METHOD or not about.get("slim") or about.get("packed")):
         raise CheckpointError(f"{source}: is packed or quantized already; give the folder it was made from")
     with _made_beside(folder, source, shards) as made:
         for shard in shards:
             write_state(read_safetensors(source / shard), made / shard, choice)
-        _write_json(made / CONFIG, {**config, "quantization_config": {"quant_method": METHOD}})
+        _write_json(made / CONFIG, {**config, "quantization_config": {"quant_method": METHOD, **_packed(about)}})
         if not (made / CARD).exists() and not (folder / CARD).exists():
             kind = (config.get("architectures") or ["AutoModel"])[0]
             sizes = {"dense": _size(source, shards), "packed": _size(made, shards)}
@@ -83,12 +83,15 @@ def unpack_folder(source: str | Path, folder: str | Path) -> None:
     """The dense folder again, without a card that speaks of packed weights."""
     source, folder = Path(source), Path(folder)
     config, shards = read_folder(source)
-    if config.pop("quantization_config", None) != {"quant_method": METHOD}:
+    about = config.pop("quantization_config", None) or {}
+    if about.pop("quant_method", None) != METHOD or (about and not about.pop("packed", False)):
         raise CheckpointError(f"{source}: is not packed; give a folder that save_pretrained_sparse wrote")
     with _made_beside(folder, source, shards) as made:
         for shard in shards:
             write_dense(source / shard, made / shard)
-        _write_json(made / CONFIG, config)
+        _write_json(
+            made / CONFIG, {**config, "quantization_config": {"quant_method": METHOD, **about}} if about else config
+        )
         if (made / CARD).exists() and CARD_MARK in (made / CARD).read_text(encoding="utf-8", errors="replace"):
             (made / CARD).unlink()
 
@@ -104,6 +107,11 @@ def _made_beside(folder: Path, source: Path, shards: list[str]) -> Iterator[Path
                 shutil.copy(path, made)
         yield made
         _move(made, folder)
+
+
+def _packed(about: dict[str, Any]) -> dict[str, Any]:
+    """A cut model goes on saying how it was cut."""
+    return {"slim": about["slim"], "packed": True} if about else {}
 
 
 def _size(folder: Path, shards: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""``transformers`` reads packed weights: what its own registries need to know. Imported once transformers is there.
+"""``transformers`` reads packed weights and cut models: what its own registries need to know. Imported after it.
 
 A packed weight lies under its own name as a row of bytes. ``transformers`` without this loader finds that its shape is
 not the layer's and refuses; with it, every such row becomes the weight before anything else is done with it.
@@ -20,14 +20,23 @@ from pruning_core.checkpoint import CheckpointError
 from pruning_core.export import packed
 from pruning_core.export.huggingface import METHOD
 from pruning_core.export.reader import opened
+from pruning_core.graph.structure import apply_structure, keep_structure
 
 
 @register_quantization_config(METHOD)
 class PackedConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a packed model: the files say everything else."""
+    """``quantization_config`` of a packed model: the files say everything else. ``slim`` says how a model was cut."""
 
-    def __init__(self, quant_method: str = METHOD, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        quant_method: str = METHOD,
+        slim: dict[str, Any] | None = None,
+        packed: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
+        if slim is not None:
+            self.slim, self.packed = slim, bool(packed)
 
 
 @register_quantizer(METHOD)
@@ -37,8 +46,12 @@ class PackedLoader(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
+        config = self.quantization_config
+        self.slim, packed = getattr(config, "slim", None), getattr(config, "packed", True)
+        if self.slim is not None:
+            apply_structure(model, self.slim)
         self.last_names = {"weight"}
-        for file in checkpoint_files or ():
+        for file in checkpoint_files or () if packed else ():
             with opened(file) as reader:
                 self.last_names |= {_last(name) for name in reader if reader.heads[name]}
 
@@ -57,6 +70,8 @@ class PackedLoader(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self.remove_quantization_config(model)
+        if self.slim is not None:
+            keep_structure(model, self.slim)
 
     @property
     def is_trainable(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruning_core.checkpoint import METHOD
 from pruning_core.graph.cutting import cut_parameters
 from pruning_core.graph.labels import Axis
 from pruning_core.graph.plan import Plan, indices, ranges
@@ -38,7 +39,16 @@ def remember(model: nn.Module, plan: Plan, attributes: Mapping[str, Mapping[str,
     first = {id(each): name for name, each in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
     known["tied"] = {name: first[id(each)] for name, each in every if first[id(each)] != name}
-    model.__dict__[ATTRIBUTE] = known
+    keep_structure(model, known)
+
+
+def keep_structure(model: nn.Module, found: dict[str, Any]) -> None:
+    """A transformers model says it in its config as well: so ``save_pretrained`` writes it, and ``from_pretrained``
+    finds it, where ``pruning_core`` is imported; where it is not, the shapes do not fit and it refuses."""
+    model.__dict__[ATTRIBUTE] = found
+    config = getattr(model, "config", None)
+    if config is not None and callable(getattr(config, "save_pretrained", None)):
+        config.quantization_config = {"quant_method": METHOD, "slim": found}
 
 
 def structure(model: nn.Module) -> dict[str, Any] | None:
@@ -62,7 +72,7 @@ def apply_structure(model: nn.Module, found: Mapping[str, Any]) -> None:
             raise GraphError(f"structure: names a module that the model lacks, got {path!r}; build the same model")
         for name, value in values.items():
             setattr(modules[path], name, tuple(value) if isinstance(getattr(modules[path], name), tuple) else value)
-    model.__dict__[ATTRIBUTE] = dict(found)
+    keep_structure(model, dict(found))
 
 
 def expanded(state: Mapping[str, Tensor], found: Mapping[str, Any]) -> dict[str, Tensor]:
