@@ -1,0 +1,115 @@
+"""``masked_``: dense, and yet what the cut model computes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pruning_core.channels import plan_channels
+from pruning_core.graph import ChannelGraph, GraphError, masked_, slim_
+
+IDS = torch.arange(3, 15)[None]
+
+
+class Residual(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.stem = nn.Linear(6, 24)
+        self.norms = nn.ModuleList(norm() for _ in range(2))
+        self.up = nn.Linear(24, 32)
+        self.down = nn.Linear(32, 24)
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x):
+        x = self.stem(x).sigmoid()
+        x = x + self.down(self.up(self.norms[0](x)).sigmoid())
+        return self.head(self.norms[1](x))
+
+
+def images(norm):
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), norm(16), nn.Sigmoid(), nn.Conv2d(16, 24, 3, padding=1), norm(24), nn.SiLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 3),
+    )  # fmt: skip
+
+
+def llama():
+    config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
+    return LlamaForCausalLM(LlamaConfig(**config, num_attention_heads=4, num_key_value_heads=2, use_cache=False))
+
+
+ROWS, IMAGE = torch.randn(5, 6, dtype=torch.float64), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+CASES = {
+    "layer norm": (lambda: Residual(lambda: nn.LayerNorm(24)), ROWS),
+    "layer norm without bias": (lambda: Residual(lambda: nn.LayerNorm(24, bias=False)), ROWS),
+    "rms norm": (lambda: Residual(lambda: nn.RMSNorm(24)), ROWS),
+    "batch norm": (lambda: images(nn.BatchNorm2d), IMAGE),
+    "one group": (lambda: images(lambda n: nn.GroupNorm(1, n)), IMAGE),
+    "four groups": (lambda: images(lambda n: nn.GroupNorm(4, n)), IMAGE),
+    "groups of one": (lambda: images(lambda n: nn.GroupNorm(n, n)), IMAGE),
+    "transformers' own norm": (llama, IDS),
+}
+
+
+def output(model, inputs):
+    found = model(inputs)
+    return found if isinstance(found, torch.Tensor) else found.logits
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_masked_is_slim(case):
+    build, inputs = CASES[case]
+    torch.manual_seed(0)
+    model = build().double() if inputs.is_floating_point() else build()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+        assert parameter.requires_grad, name
+    model.eval()
+    dense = output(model, inputs).detach()
+    plan = plan_channels(ChannelGraph.trace(model, inputs), {"params": 0.5}, importance="random", scope="local")
+    small = copy.deepcopy(model)
+    slim_(small, plan, example_inputs=inputs)
+
+    masked = masked_(model, plan)
+    near = {"rtol": 1e-9, "atol": 1e-12} if inputs.is_floating_point() else {"rtol": 1e-4, "atol": 1e-5}
+    for training in (False, True):
+        model.train(training)
+        small.train(training)
+        torch.testing.assert_close(output(model, inputs), output(small, inputs), **near)
+    for each in (model, small):
+        each.zero_grad()
+        output(each, inputs).square().mean().backward()
+    kept = dict(model.named_parameters())
+    for name, parameter in small.named_parameters():
+        grad = kept[name].grad
+        for axis in plan.removed:
+            if axis.tensor == name:
+                grad = grad.index_select(axis.dim, torch.tensor(plan.kept(axis)))
+        torch.testing.assert_close(parameter.grad, grad, **near)
+
+    masked.undo()
+    model.eval()
+    if "batch" not in case:
+        assert torch.equal(output(model, inputs), dense)
+
+
+def test_what_cannot_be_masked():
+    class Free(Residual):
+        def forward(self, x):
+            x = self.stem(x)
+            x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+            return self.head(x)
+
+    model = Free(nn.Identity).eval()
+    rows = ROWS.float()
+    plan = plan_channels(ChannelGraph.trace(model, rows), {"params": 0.9})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(GraphError, match=r"^the model: takes statistics over channels outside of a norm"):
+        masked_(model, plan)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    slim_(model, plan, example_inputs=rows)
+    with pytest.raises(GraphError, match=r"^plan: is for another model"):
+        masked_(model, plan)
