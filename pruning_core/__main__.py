@@ -19,6 +19,7 @@ from pruning_core.export.sparse_file import AUTO, VALUES, Choice, load_sparse, r
 from pruning_core.masks.report import report_of_saved
 from pruning_core.report import Report
 
+WITHOUT_DATA = ("magnitude", "l1", "geometric_median", "random")
 MODEL_KEYS = ("model", "state_dict", "model_state_dict")
 
 
@@ -90,9 +91,29 @@ def parser() -> argparse.ArgumentParser:
     back.add_argument("out", type=Path, nargs="?", help="(PATH-dense)")
     back.add_argument("--overwrite", action="store_true", help="replace what is there")
 
+    slim = all_commands.add_parser("slim", help="remove channels of a transformers model")
+    slim.add_argument("path", type=Path, help="a folder of save_pretrained")
+    slim.add_argument("out", type=Path, nargs="?", help="(PATH-slim)")
+    slim.add_argument(
+        "--budget", type=budget, required=True, help="what is left: params=0.5, macs=0.5, channels=0.5 or latency=0.5"
+    )
+    slim.add_argument("--importance", choices=WITHOUT_DATA, default=WITHOUT_DATA[0], help="(magnitude)")
+    slim.add_argument("--scope", choices=("global", "local"), default="global", help="rank all together, or each group")
+    slim.add_argument("--round-to", type=int, default=1, metavar="N", help="leave multiples of N channels (1)")
+    slim.add_argument("--plot", metavar="FILE", help="also draw a bar per layer")
+    slim.add_argument("--overwrite", action="store_true", help="replace what is there")
+
     check = all_commands.add_parser("verify", help="read a packed model whole, and say whether it was damaged")
     check.add_argument("path", type=Path, help="a packed .safetensors file, or a folder of them")
     return made
+
+
+def budget(text: str) -> dict[str, float]:
+    kind, _, share = text.partition("=")
+    try:
+        return {kind: float(share)}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be KIND=SHARE, got {text!r}; for example macs=0.5") from None
 
 
 def run(options: argparse.Namespace) -> None:
@@ -104,6 +125,11 @@ def run(options: argparse.Namespace) -> None:
             print(commands.export(options.path, options.out, choice, _state(options.path), options.overwrite))
         case "unpack":
             print(commands.unpack(options.path, options.out, options.overwrite))
+        case "slim":
+            from pruning_core.export.slim_folder import slim_folder
+
+            given = {"importance": options.importance, "scope": options.scope, "round_to": options.round_to}
+            print(slim_folder(options.path, options.out, options.budget, options.overwrite, options.plot, **given))
         case "verify":
             print(commands.verify(options.path))
 

@@ -5,9 +5,19 @@ import json
 import pytest
 import torch
 import transformers
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import pruning_core  # noqa: F401  (it teaches transformers)
+from pruning_core.__main__ import main
 from pruning_core.channels import plan_channels
 from pruning_core.export import save_pretrained_sparse
 from pruning_core.export.huggingface import unpack_folder
@@ -100,3 +110,73 @@ def test_without_what_is_said_it_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises((RuntimeError, ValueError), match=r"mismatch|size"):
         type(model).from_pretrained(tmp_path)
+
+
+# ---- python -m pruning_core slim -------------------------------------------------------------------------------------
+
+
+def run(capsys, *words):
+    code = main([str(word) for word in words])
+    said = capsys.readouterr()
+    return code, said.out if code == 0 else said.err
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    BUILT["bert"]().save_pretrained(tmp_path / "bert")
+    (tmp_path / "bert" / "tokenizer.json").write_text("{}")
+    return tmp_path / "bert"
+
+
+def test_on_the_command_line(folder, capsys):
+    code, said = run(capsys, "slim", folder, "--budget", "params=0.7", "--plot", folder.parent / "plot.png")
+    assert code == 0, said
+    out = folder.with_name("bert-slim")
+    assert said.endswith(f"{out}: BertForSequenceClassification.from_pretrained loads it after `import pruning_core`\n")
+    assert (folder.parent / "plot.png").stat().st_size > 1000
+    model, dense = (BertForSequenceClassification.from_pretrained(each) for each in (out, folder))
+    assert model.num_parameters() <= 0.7 * dense.num_parameters()
+    assert (out / "tokenizer.json").exists()
+    code, said = run(capsys, "slim", folder, "--budget", "params=0.7")
+    assert (code, said) == (2, f"{out}: is there already; give another name, or --overwrite\n")
+    assert run(capsys, "slim", out, folder.with_name("more"), "--budget", "params=0.9", "--round-to", 2)[0] == 0
+
+
+def test_images_and_two_streams_of_words(tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8)).save_pretrained(tmp_path / "vit")
+    small = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 1, "vocab_size": 64}
+    T5ForConditionalGeneration(T5Config(**small, decoder_start_token_id=0)).save_pretrained(tmp_path / "t5")
+    for name in ("vit", "t5"):
+        code, said = run(capsys, "slim", tmp_path / name, "--budget", "macs=0.8")
+        assert code == 0, said
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ("flops=0.5", "budget: is one of channels, params, macs, latency, got {'flops': 0.5}"),
+        ("params=0.001", "budget: cannot be met, got params 0.001; from"),
+    ],
+)
+def test_what_the_command_refuses(folder, capsys, budget, message):
+    code, said = run(capsys, "slim", folder, "--budget", budget)
+    assert code == 2 and said.startswith(message) and said.count("\n") == 1
+    assert [path.name for path in folder.parent.iterdir()] == ["bert"]
+
+
+def test_a_folder_that_is_none(tmp_path, folder, capsys):
+    code, said = run(capsys, "slim", tmp_path, "--budget", "macs=0.5")
+    assert (code, said) == (2, f"{tmp_path}: has no config.json; give a folder that save_pretrained wrote\n")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Mine"]}))
+    code, said = run(capsys, "slim", folder, "--budget", "macs=0.5")
+    assert (code, said) == (2, f"{folder}: its config names no class of transformers, got 'Mine'; use slim_ instead\n")
+
+
+def test_a_budget_that_is_no_share(folder, capsys):
+    with pytest.raises(SystemExit):
+        main(["slim", str(folder), "--budget", "macs"])
+    assert "must be KIND=SHARE, got 'macs'; for example macs=0.5" in capsys.readouterr().err

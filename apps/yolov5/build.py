@@ -142,7 +142,7 @@ def _model(
     options: Namespace, start: adapter.Model | None, names: dict[int, str], state: dict[str, Any] | None
 ) -> adapter.Model:
     if state is not None:
-        return adapter.new_model(state["architecture"], names)
+        return adapter.slim_model(state["architecture"], names, state["structure"])
     if start is None:
         return adapter.new_model(options.cfg, names)
     if options.cfg:  # a new head on known features

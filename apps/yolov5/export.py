@@ -66,10 +66,11 @@ def pack(source: Path, out: Path) -> str:
     """Weights as they are in the file; what builds the model and what the run said of it in the metadata."""
     from apps.yolov5 import ultralytics_adapter as adapter
     from pruning_core.export import commands, save_sparse
+    from pruning_core.graph import structure
 
     model, content = adapter.load_model(source, "path"), adapter.content_of(source)
     half = {name: _halved(value) for name, value in model.state_dict().items()}
-    about = {"model": model.yaml, "names": adapter.class_names(model)}
+    about = {"model": model.yaml, "names": adapter.class_names(model), "structure": structure(model)}
     about |= {name: content.get(name) for name in ("train_args", "train_metrics", "epoch")}
     save_sparse(half, out, metadata={"kind": KIND, "about": json.dumps(about, default=str)})
     return commands.verify(out)
@@ -93,7 +94,7 @@ def unpack(source: Path, out: Path) -> str:
     try:
         about = json.loads(metadata["about"])
         names = {int(i): str(name) for i, name in about["names"].items()}
-        model = adapter.new_model(about["model"], names)
+        model = adapter.slim_model(about["model"], names, about.get("structure"))
         model.load_state_dict(load_sparse(source))
         arguments, metrics, epoch = about["train_args"] or {}, about["train_metrics"] or {}, about["epoch"] or 0
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:

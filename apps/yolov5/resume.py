@@ -15,6 +15,7 @@ from apps.yolov5.arguments import MAY_CHANGE
 from apps.yolov5.hyp import KEYS
 from apps.yolov5.run import Progress, Run
 from pruning_core import CheckpointError, WeightPruningConfig, checkpoint
+from pruning_core.graph import structure
 
 RESUME = Path("weights/resume.pt")
 
@@ -75,6 +76,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "ranks": run.ranks.size,
         "options": {name: plain(value) for name, value in vars(run.options).items() if name != "folder"},
         "architecture": run.model.yaml,
+        "structure": structure(run.model),
         "hyp": {key: getattr(run.hyp, key) for key in KEYS},
         "model": run.model.state_dict(),
         "ema": run.ema.ema.state_dict(),

@@ -42,6 +42,7 @@ from ultralytics.utils.torch_utils import ModelEMA
 from apps.common.errors import BadInput
 from pruning_core.checkpoint import write_atomically
 from pruning_core.distillation import Detections
+from pruning_core.graph import apply_structure, structure
 
 LOGGER.setLevel("ERROR")
 tasks.SAFE_LOAD = True  # also where upstream was imported before this file, or the environment says otherwise
@@ -143,9 +144,17 @@ def _names_as_given() -> Iterator[None]:
 
 def trainable_copy(model: Model, names: dict[int, str]) -> Model:
     """A new model with the weights of a loaded one; loaded checkpoints may be fused or frozen."""
-    fresh = new_model(model.yaml, names)
+    fresh = slim_model(model.yaml, names, structure(model))
     fresh.load(model, verbose=False)
     return fresh
+
+
+def slim_model(name: str | dict[str, Any], names: dict[int, str], cut: dict[str, Any] | None) -> Model:
+    """A fresh model, cut as another one was; ``cut`` is None where that never happened."""
+    model = new_model(name, names)
+    if cut is not None:
+        apply_structure(model, cut)
+    return model
 
 
 def _dressed(model: Model, names: dict[int, str]) -> Model:

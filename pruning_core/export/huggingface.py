@@ -15,6 +15,7 @@ from pruning_core.checkpoint import METHOD, CheckpointError
 from pruning_core.export.sparse_file import AUTO, Choice, read_safetensors, write_dense, write_state
 
 CONFIG, WEIGHTS, INDEX, CARD = "config.json", "model.safetensors", "model.safetensors.index.json", "README.md"
+OWN_FILES = (CONFIG, INDEX, CARD)
 OWN = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 """The names that ``save_pretrained`` gives to weights and their index."""
 CARD_MARK = "Its zeros are packed"
@@ -106,7 +107,7 @@ def _made_beside(folder: Path, source: Path, shards: list[str]) -> Iterator[Path
             if path.is_file() and path.name not in shards:
                 shutil.copy(path, made)
         yield made
-        _move(made, folder)
+        move(made, folder)
 
 
 def _packed(about: dict[str, Any]) -> dict[str, Any]:
@@ -151,7 +152,7 @@ def _read_json(source: Path, name: str) -> dict[str, Any]:
     return plain
 
 
-def _move(made: Path, folder: Path) -> None:
+def move(made: Path, folder: Path) -> None:
     """Everything is on the disk by now: what remains are renames. Weights of an older model do not stay beside it."""
     folder.mkdir(exist_ok=True)
     new = {path.name for path in made.iterdir()}

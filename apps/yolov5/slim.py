@@ -1,0 +1,94 @@
+"""Remove channels of a checkpoint: what is left is a smaller model, for training on and for every runtime."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from apps.common.arguments import Parser, count, leave
+from apps.common.errors import BadInput
+
+KINDS = ("params", "macs", "channels", "latency")
+IMPORTANCES = ("magnitude", "l1", "bn_scale", "geometric_median", "random")
+EXAMPLES = """examples:
+  python apps/yolov5/slim.py runs/train/exp/weights/best.pt --budget macs=0.5           writes best.slim.pt
+  python apps/yolov5/train_prune.py --data data.yaml --weights best.slim.pt --epochs 50  trains it on
+"""
+
+
+def parser() -> Parser:
+    made = Parser(description=__doc__ or "", epilog=EXAMPLES)
+    made.add_argument("path", type=Path, help="a .pt checkpoint")
+    made.add_argument("--budget", type=budget, default=("macs", 0.5), help="what is left (macs=0.5)")
+    made.add_argument("--importance", choices=IMPORTANCES, default=IMPORTANCES[0], help="(magnitude)")
+    made.add_argument("--scope", choices=("global", "local"), default="global", help="rank all together, or each group")
+    made.add_argument("--round-to", type=count(1), default=8, metavar="N", help="leave multiples of N channels (8)")
+    made.add_argument("--img", type=count(32), default=640, help="image size, for the budget (640)")
+    made.add_argument("--plot", type=Path, help="draw a bar per layer into this file")
+    made.add_argument("--output", type=Path, help="(beside the file)")
+    made.add_argument("--overwrite", action="store_true", help="replace what is there")
+    return made
+
+
+def budget(text: str) -> tuple[str, float]:
+    kind, _, share = text.partition("=")
+    try:
+        value = float(share)
+    except ValueError:
+        value = 0.0
+    if kind not in KINDS or not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(
+            f"must be one of {', '.join(KINDS)}, = and a share above 0 and at most 1, got {text!r}; write macs=0.5"
+        )
+    return kind, value
+
+
+def main(options: argparse.Namespace) -> int:
+    out = options.output or options.path.with_name(f"{options.path.stem}.slim.pt")
+    try:
+        if out.exists() and not options.overwrite:
+            raise BadInput(f"--output: is there already, got {str(out)!r}; give another name, or --overwrite")
+        print(slim(options, out))
+    except BadInput as error:
+        leave(str(error))
+    except (ValueError, OSError, ImportError) as error:
+        leave(" ".join(str(error).split()))
+    return 0
+
+
+def slim(options: argparse.Namespace, out: Path) -> str:
+    import torch
+
+    from apps.yolov5 import ultralytics_adapter as adapter
+    from pruning_core.channels import ChannelReport, plan_channels
+    from pruning_core.graph import ChannelGraph, slim_
+
+    model = adapter.load_model(options.path, "path")
+    stride = adapter.largest_stride(model)
+    if options.img % stride:
+        raise BadInput(f"--img: must be a multiple of {stride}, got {options.img}")
+    content = adapter.content_of(options.path)
+    example = torch.rand(1, 3, options.img, options.img, generator=torch.Generator().manual_seed(0))
+    graph = ChannelGraph.trace(model, example)
+    plan = plan_channels(
+        graph,
+        dict([options.budget]),
+        importance=options.importance,
+        scope=options.scope,
+        round_to=options.round_to,
+        example_inputs=example,
+    )
+    report = ChannelReport.of(graph, plan)
+    done = slim_(model, plan, example_inputs=example)
+    adapter.save_model(model, out, arguments=content.get("train_args") or {}, metrics={}, epoch=-1)
+    if options.plot:
+        report.plot(options.plot)
+    return f"{report}\n{done}\n{out}: ultralytics.YOLO loads it; train it on with train_prune.py --weights {out}"
+
+
+if __name__ == "__main__":
+    arguments = parser()
+    sys.exit(main(arguments.parse_args()))
