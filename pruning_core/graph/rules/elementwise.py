@@ -52,7 +52,22 @@ def pointwise(trace: Recorder, call: Call) -> Any:
         met.add(tensor, shadow)
     if call.name in ("mul", "pow", "square") and _is_square(call):
         trace.squares[call.result] = True
+    _adopt(trace, call, met.labels)
     return met.labels
+
+
+def _adopt(trace: Recorder, call: Call, labels: Tensor) -> None:
+    """What has no labels and meets channels one by one must have as many of them wherever it is used."""
+    dims = varying(labels)
+    for tensor in call.tensors() if dims else []:
+        missing = labels.dim() - tensor.dim()
+        if tensor is call.result or holds_any(trace.known(tensor)) or call.shadows[id(tensor)] is not None:
+            continue
+        if all(dim >= missing and tensor.shape[dim - missing] > 1 and tensor.stride(dim - missing) for dim in dims):
+            mine = labels[(0,) * missing]
+            for dim, size in enumerate(tensor.shape):
+                mine = mine.narrow(dim, 0, 1) if size == 1 else mine
+            trace.adopt(tensor, mine.expand(tensor.shape))
 
 
 def _is_square(call: Call) -> bool:

@@ -222,7 +222,13 @@ def _head_labels(trace: Recorder, labels: Tensor) -> Tensor:
 
 
 def _mask(trace: Recorder, call: Call, heads: Tensor) -> None:
-    if isinstance(call["attn_mask"], Tensor) and call.shadow("attn_mask") is not None:
+    """A mask of each head goes with it; one that is handed from layer to layer takes their heads along."""
+    tensor = call["attn_mask"]
+    if not isinstance(tensor, Tensor):
+        return
+    if not holds_any(trace.known(tensor)) and tensor.dim() > 2 and tensor.shape[-3] == len(heads) > 1:
+        trace.adopt(tensor, heads.view(-1, 1, 1).expand(tensor.shape))
+    elif call.shadow("attn_mask") is not None:
         mask = trace.activation(call, "attn_mask")
         if mask.dim() > 2 and mask.shape[-3] == len(heads) and varies(mask, mask.dim() - 3):
             by_head = mask.movedim(-3, 0).reshape(len(heads), -1)
