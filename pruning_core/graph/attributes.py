@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pruning_core.graph.labels import holds_any, stored, words
 from pruning_core.graph.masked import MaskedRun
 from pruning_core.graph.modules import widths
-from pruning_core.graph.recorder import UNSTEADY, Step, Where, numbers_of, shapes_of
+from pruning_core.graph.recorder import UNSTEADY, Numbers, Step, Where, numbers_of, shapes_of
 from pruning_core.graph.tracing import GraphError, Inputs, untouched
 
 SIZED = frozenset(
@@ -94,10 +95,12 @@ def _holds(value: Any, old: int) -> bool:
     )
 
 
-def _replaced(value: Any, old: int, new: int) -> Any:
+def _replaced(value: Any, old: int, changes: Mapping[int, int]) -> list[Any]:
+    """What an attribute may have to be; of several numbers all that change, or this one alone."""
     if isinstance(value, int):
-        return new
-    return type(value)(new if each == old else each for each in value)
+        return [changes[old]]
+    several = (changes, {old: changes[old]})
+    return [type(value)(each.get(number, number) for number in value) for each in several]
 
 
 class CannotFollowError(GraphError):
@@ -128,7 +131,8 @@ class Beside(TorchDispatchMode):
         step = self.trace.steps[self.at]
         if name != step.name:
             raise Parted(f"it runs {name} where the dense model runs {step.name}")
-        if name not in SIZED and not _numbers_fit(step, numbers_of(func, args, kwargs or {}), self.trace.dead):
+        numbers = numbers_of(func, args, kwargs or {})
+        if name not in SIZED and not _numbers_fit(step, numbers, self.trace.dead, torch.Tag.pointwise in func.tags):
             raise Parted(f"{name} gets other numbers than the dense model's")
         result = func(*args, **(kwargs or {}))
         want = expected(step, self.trace.dead)
@@ -139,13 +143,18 @@ class Beside(TorchDispatchMode):
         return result
 
 
-def _numbers_fit(step: Step, numbers: tuple[int, ...], dead: Tensor) -> bool:
-    if len(numbers) != len(step.numbers):
-        return False
-    if numbers == step.numbers:
-        return True
-    changes = demands(step, dead)
-    return all(now in (was, changes.get(was)) for was, now in zip(step.numbers, numbers, strict=True))
+def _numbers_fit(step: Step, numbers: Numbers, dead: Tensor, pointwise: bool) -> bool:
+    """Sizes may change as the cut demands; what is computed with may not."""
+    if len(numbers) != len(step.numbers) or numbers == step.numbers:
+        return numbers == step.numbers
+    changes = {} if pointwise else demands(step, dead)
+    pairs = zip(step.numbers, numbers, strict=True)
+    return all(_near(was, now) or (type(was) is int and now == changes.get(was)) for was, now in pairs)
+
+
+def _near(was: float, now: float) -> bool:
+    """Fractions may have been computed from a tensor, and are rounded then."""
+    return was == now or (type(was) is float and (math.isclose(was, now, rel_tol=1e-5) or math.isnan(was)))
 
 
 def expected(step: Step, dead: Tensor) -> list[tuple[int, ...] | None]:
@@ -214,15 +223,16 @@ def _mended(
 ) -> Run | None:
     """The first attribute that lets the model come further; a number among the operation's arguments may stand in any
     module around it, another only in its own."""
-    for old, new in demands(step, trace.dead).items():
+    changes = demands(step, trace.dead)
+    for old in changes:
         for place in dict.fromkeys((step.where, run.where)):
             for path, name in attributes.holders(place, old, upwards=old in step.numbers):
-                value = _replaced(getattr(attributes.modules[path], name), old, new)
-                with attributes.trying(path, name, value) as keep:
-                    now = Run.of(model, trace, example)
-                    if now.error is None or now.at > run.at:
-                        keep()
-                        return now
+                for value in _replaced(getattr(attributes.modules[path], name), old, changes):
+                    with attributes.trying(path, name, value) as keep:
+                        now = Run.of(model, trace, example)
+                        if now.error is None or now.at > run.at:
+                            keep()
+                            return now
     return None
 
 

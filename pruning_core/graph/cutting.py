@@ -39,10 +39,13 @@ def cut_parameters(model: nn.Module, plan: Plan) -> None:
         tensor.grad = None
 
 
-def cut_optimizer(optimizer: Optimizer, before: Before, plan: Plan, model: nn.Module) -> None:
-    """States of a parameter's shape lose what it loses; factored ones (Adafactor's rows and columns) their part."""
+def cut_optimizer(
+    optimizer: Optimizer, before: Before, plan: Plan, model: nn.Module
+) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """States of a parameter's shape lose what it loses; factored ones (Adafactor's rows and columns) their part. What
+    each must become: nothing is changed here."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    changes: list[tuple[dict[str, Any], str, Tensor]] = []
+    changes = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = names.get(id(parameter))
@@ -55,8 +58,7 @@ def cut_optimizer(optimizer: Optimizer, before: Before, plan: Plan, model: nn.Mo
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.dim():
                     changes.append((state, key, _cut(f"{name}: {key}", key, value, shape, axes, plan)))
-    for state, key, value in changes:
-        state[key] = value
+    return changes
 
 
 def _cut(what: str, key: str, value: Tensor, shape: tuple[int, ...], axes: list[Axis], plan: Plan) -> Tensor:

@@ -12,8 +12,6 @@ from torch import Tensor
 from pruning_core.graph.labels import Axis, Components, Labels, varying
 from pruning_core.graph.recorder import Step
 
-ROUNDS = 20
-
 
 @dataclass(frozen=True)
 class Group:
@@ -31,12 +29,13 @@ class Group:
 def rectangles(labels: Labels, steps: Iterable[Step]) -> Components:
     """Ties until whatever is removed leaves every tensor a rectangle: a view of heads or groups loses whole lines."""
     several = [each for step in steps for each in _label_tensors(step.shadow) if len(varying(each)) > 1]
-    for _ in range(ROUNDS):
+    while True:
         components = labels.solve()
-        ragged = [each for each in several if _tie_lines(labels, components, each)]
-        if not ragged:
+        tied: set[int] = set()
+        for each in several:
+            _tie_lines(labels, components, each, tied)
+        if not tied:
             return components
-    raise AssertionError("the ties do not settle")
 
 
 def _label_tensors(shadow: Any) -> list[Tensor]:
@@ -45,19 +44,21 @@ def _label_tensors(shadow: Any) -> list[Tensor]:
     return [each for item in shadow for each in _label_tensors(item)] if isinstance(shadow, (tuple, list)) else []
 
 
-def _tie_lines(labels: Labels, components: Components, found: Tensor) -> bool:
-    """Where the units differ along two dimensions, the outer one's lines are tied. Whether anything was tied."""
+def _tie_lines(labels: Labels, components: Components, found: Tensor, tied: set[int]) -> None:
+    """Where the units differ along two dimensions, the outer one's lines are tied. Units that were just tied wait for
+    the next round: what they are then may be a rectangle already."""
     core = found
     for dim in range(found.dim()):
         if core.stride(dim) == 0:
             core = core.narrow(dim, 0, 1)
     units = components.of(core)
     dims = [dim for dim in range(units.dim()) if bool((units != units.narrow(dim, 0, 1)).any())]
-    if len(dims) < 2:
-        return False
+    here = set(units.unique().tolist()) - {-1}
+    if len(dims) < 2 or here & tied:
+        return
     labels.here = "a view with two axes of channels"
     labels.tie(core, core.narrow(dims[0], 0, 1).expand(core.shape))
-    return True
+    tied |= here
 
 
 def groups_of(labels: Labels, components: Components) -> list[Group]:

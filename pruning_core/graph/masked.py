@@ -66,15 +66,15 @@ class MaskedRun(Recorder):
         return self.dead[core.long()].expand(labels.shape)
 
     def _gone(self, call: Call, argument: str, dim: int) -> Tensor | None:
-        """Which indices of a dimension are gone, if any."""
+        """Which indices of a dimension are gone on all lines along it, if any: not those of one removed head."""
         shadow = call.shadow(argument)
         if isinstance(shadow, AxisLabels):
-            line = shadow.vector(dim % len(shadow.shape))
+            lines = shadow.vector(dim % len(shadow.shape))[None]
         elif isinstance(shadow, Tensor) and varies(shadow, dim % shadow.dim()):
-            line = shadow.movedim(dim, -1).reshape(-1, shadow.shape[dim])[0]
+            lines = stored(shadow)[0].movedim(dim, -1).reshape(-1, shadow.shape[dim])
         else:
             return None
-        gone = self.dead[line.long()]
+        gone = self.dead[lines.long()].all(0)
         return gone if bool(gone.any()) else None
 
     def _last(self, call: Call) -> Tensor:

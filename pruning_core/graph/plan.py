@@ -52,6 +52,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        data = data if isinstance(data, Mapping) else {}
         if data.get("format") != FORMAT or data.get("version") != VERSION:
             raise GraphError(
                 f"plan: is no channel plan of version {VERSION}, got format {data.get('format')!r} "
@@ -103,6 +104,10 @@ class Plan:
                 )
             if any(not 0 <= index < size for index in self.removed[axis]):
                 raise GraphError(f"plan: {axis} removes an index that is not there; make it again")
+            if len(set(self.removed[axis])) == size:
+                raise GraphError(
+                    f"plan: {axis} removes all of its {size} indices, of which one must stay; make it again"
+                )
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pruning_core.graph.labels import Axis, Labels, holds_any
 from pruning_core.graph.shadows import AxisLabels, Shadow, Stored, as_activation
 
+Numbers = tuple[int | float, ...]
 UNSTEADY = frozenset(["contiguous"])  # runs only where a tensor is not contiguous, which a cut may change
 
 
@@ -45,8 +46,8 @@ class Call:
     def shadow(self, argument: str) -> Shadow:
         return self.shadows.get(id(self.arguments.get(argument)))
 
-    def numbers(self) -> tuple[int, ...]:
-        return tuple(each for each in pytree.tree_leaves(self.arguments) if type(each) is int)
+    def numbers(self) -> Numbers:
+        return tuple(each for each in pytree.tree_leaves(self.arguments) if type(each) in (int, float))
 
     def tensors(self) -> list[Tensor]:
         return [leaf for leaf in pytree.tree_leaves(self.arguments) if isinstance(leaf, Tensor)]
@@ -59,7 +60,7 @@ def arguments_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> d
     return {**named, **kwargs}
 
 
-def numbers_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+def numbers_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Numbers:
     return Call(func, arguments_of(func, args, kwargs), "").numbers()
 
 
@@ -162,6 +163,15 @@ class Recorder(TorchDispatchMode):
         """Multiply-adds of this operation: so many rows for each combination of these channels."""
         self.costs.append(Cost(call.where, rows, tuple(vectors)))
 
+    def known(self, tensor: Tensor) -> Tensor | None:
+        """An activation's labels, if it has a shadow."""
+        shadow = self.shadow_of(tensor)
+        return shadow if isinstance(shadow, Tensor) else None
+
+    def adopt(self, tensor: Tensor, labels: Tensor) -> None:
+        """A tensor without labels lies beside labelled ones: from here on it goes with them."""
+        self.shadows[tensor] = labels
+
     def activation(self, call: Call, argument: str) -> Tensor:
         """The shadow of a tensor argument as a label tensor."""
         tensor = call[argument]
@@ -197,7 +207,7 @@ class Step:
 
     name: str
     where: str
-    numbers: tuple[int, ...]
+    numbers: Numbers
     shapes: tuple[tuple[int, ...], ...]
     shadow: Any
     tensors: tuple[tuple[tuple[int, ...], Shadow], ...]

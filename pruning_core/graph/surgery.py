@@ -73,11 +73,12 @@ def slim_(
         for each in copies:
             cut_parameters(each, plan)
             attributes.apply_to(each)
-        for state in optimizers:
-            cut_optimizer(state, undo.tensors[0], plan, model)
+        states = [each for one in optimizers for each in cut_optimizer(one, undo.tensors[0], plan, model)]
     except BaseException:
         undo.run()
         raise
+    for state, key, value in states:
+        state[key] = value
     for each in (model, *copies):
         remember(each, plan, attributes.changed)
     return Slimmed(before, sum(parameter.numel() for parameter in model.parameters()), difference, attributes.changed)

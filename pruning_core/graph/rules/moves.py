@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruning_core.graph.labels import compact, holds_any, varies, words
+from pruning_core.graph.labels import compact, holds_any, varies, varying, words
 from pruning_core.graph.recorder import Call, Recorder
 from pruning_core.graph.rules.table import rule
 from pruning_core.graph.shadows import AxisLabels, as_activation
@@ -18,9 +18,9 @@ SAME = words(
 )
 VIEWS = words(
     "view _unsafe_view reshape _reshape_alias flatten unflatten permute transpose transpose_ swapaxes swapdims "
-    "movedim moveaxis t numpy_T mT mH adjoint unsqueeze unsqueeze_ squeeze squeeze_ slice select narrow expand "
-    "expand_as view_as reshape_as broadcast_to roll flip fliplr flipud repeat tile diagonal unfold "
-    "channel_shuffle native_channel_shuffle pixel_unshuffle repeat_interleave"
+    "movedim moveaxis t numpy_T mT mH adjoint unsqueeze unsqueeze_ squeeze squeeze_ narrow expand "
+    "expand_as view_as reshape_as broadcast_to flip fliplr flipud repeat tile diagonal unfold "
+    "pixel_unshuffle repeat_interleave"
 )
 PIECES = words("split unsafe_split split_with_sizes unsafe_split_with_sizes chunk unsafe_chunk tensor_split hsplit")
 
@@ -58,6 +58,41 @@ def same(trace: Recorder, call: Call) -> Any:
 @rule(*VIEWS)
 def view(trace: Recorder, call: Call) -> Any:
     return follow(trace, call)
+
+
+@rule("select")
+def select(trace: Recorder, call: Call) -> Any:
+    """Picks one by number: those before it stay, or the number would mean another."""
+    shadow, index = call.shadow("self"), call["index"]
+    if isinstance(shadow, Tensor) and varying(shadow) == [dim := call["dim"] % shadow.dim()]:
+        before = shadow.narrow(dim, 0, index + 1) if index >= 0 else shadow.narrow(dim, index, -index)
+        trace.freeze(before, "is picked by number")
+    return follow(trace, call)
+
+
+@rule("slice")
+def sliced(trace: Recorder, call: Call) -> Any:
+    shadow = call.shadow("self")
+    if isinstance(shadow, Tensor) and call["step"] > 1 and varies(shadow, call["dim"]):
+        trace.freeze(shadow, "is picked from by number")
+    return follow(trace, call)
+
+
+@rule("roll")
+def roll(trace: Recorder, call: Call) -> Any:
+    shadow = call.shadow("self")
+    if isinstance(shadow, Tensor) and any(varies(shadow, dim) for dim in call["dims"] or range(shadow.dim())):
+        trace.freeze(shadow, "is rolled over channels")
+    return follow(trace, call)
+
+
+@rule("glu")
+def glu(trace: Recorder, call: Call) -> Any:
+    """A channel goes with its gate."""
+    first, second = trace.activation(call, "self").chunk(2, call["dim"])
+    if varies(first, call["dim"]):
+        trace.labels.tie(first, second)
+    return compact(first)
 
 
 @rule("unbind")
@@ -194,6 +229,14 @@ def pixel_shuffle(trace: Recorder, call: Call) -> Any:
     trace.labels.tie_along(together, together.dim() - 3)
     kept = together.select(-3, 0)[..., :1, :1]
     return kept.expand(call.result.shape)
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(trace: Recorder, call: Call) -> Any:
+    """Its groups go on being as many, and each loses the same channels."""
+    shadow = trace.activation(call, "self")
+    trace.labels.tie_along(shadow.unflatten(1, (call["groups"], -1)), 1)
+    return compact(run(call, "self", shadow))
 
 
 @rule("im2col")

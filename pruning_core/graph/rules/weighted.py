@@ -179,14 +179,14 @@ def recurrent(trace: Recorder, call: Call) -> Any:
         out = []
         for direction in range(directions):
             at = (layer * directions + direction) * each
-            out.append(_cell(trace, weights[at : at + each], source, gates, projected, common))
+            out.append(_cell(trace, call, weights[at : at + each], source, gates, projected, common))
         source = torch.cat(out)
     hidden = source.expand(call.result[0].shape)
     return (hidden, *[None] * (len(call.result) - 1)) if not common else (hidden, *_states(call, source, common))
 
 
 def _cell(
-    trace: Recorder, weights: list[Any], source: Tensor, gates: int, projected: bool, common: list[Tensor]
+    trace: Recorder, call: Call, weights: list[Any], source: Tensor, gates: int, projected: bool, common: list[Tensor]
 ) -> Tensor:
     """The labels of what one direction of one layer gives."""
     for each in weights:
@@ -201,9 +201,11 @@ def _cell(
         trace.labels.tie(each.vector(0).view(gates, -1), cells.expand(gates, -1))
     given = cells
     if projected:
-        trace.labels.tie(weights[-1].vector(1), cells)
+        trace.consume(cells, weights[-1].vector(1))
         given = weights[-1].vector(0)
     trace.consume(given, recurrent_weight.vector(1))
+    for each in (inputs, recurrent_weight, *weights[len(weights) - projected :]):
+        trace.cost(call, [each.vector(0), each.vector(1)], rows=call["input"].numel() // call["input"].shape[-1])
     if not common:
         common += [cells, given]
     trace.labels.tie(cells, common[0])
@@ -221,7 +223,7 @@ def cell(trace: Recorder, call: Call) -> Any:
     gates = {"lstm_cell": 4, "gru_cell": 3}.get(call.name, 1)
     names = ["w_ih", "w_hh", *[name for name in ("b_ih", "b_hh") if isinstance(call[name], Tensor)]]
     source = along(trace, trace.activation(call, "input"), -1)
-    given = _cell(trace, [call.shadow(name) for name in names], source, gates, False, [])
+    given = _cell(trace, call, [call.shadow(name) for name in names], source, gates, False, [])
     states = call["hx"] if isinstance(call["hx"], (list, tuple)) else [call["hx"]]
     for state in states:
         labels = as_activation(trace.labels, call.shadows.get(id(state)), tuple(state.shape))
