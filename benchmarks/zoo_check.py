@@ -176,7 +176,8 @@ class Check:
         self.graph = ChannelGraph.trace(self.model, self.example, self.train_inputs)
         self.row["trace_s"] = time.process_time() - start
         self.notes += [note[:120] for note in self.graph.notes]
-        outputs = [output_axis(self.model, name) for name, each in self.model.named_parameters() if each.dim() > 1]
+        weights = [name for name, each in self.model.named_parameters() if sum(size > 1 for size in each.shape) > 1]
+        outputs = [output_axis(self.model, name) for name in weights]
         prunable = {axis for group in self.graph.groups.values() for axis in group.axes}
         self.row.update(weights=len(outputs), prunable=sum(axis in prunable for axis in outputs))
 

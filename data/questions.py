@@ -183,7 +183,8 @@ def _answer(scene: Scene, cell: Cell) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make a small set of questions, as SQuAD.", exit_on_error=False)
-    parser.add_argument("--output", type=Path, default=Path("runs/data/questions"), help="folder (default: %(default)s)")
+    default = Path("runs/data/questions")
+    parser.add_argument("--output", type=Path, default=default, help="folder (default: %(default)s)")
     try:
         folder = parser.parse_args(argv).output
         for ending, unanswerable in (("", False), ("-v2", True)):

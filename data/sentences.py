@@ -216,7 +216,8 @@ def _clause(rng: random.Random, fact: Fact) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make two small sets of sentences, as CSV.", exit_on_error=False)
-    parser.add_argument("--output", type=Path, default=Path("runs/data/sentences"), help="folder (default: %(default)s)")
+    default = Path("runs/data/sentences")
+    parser.add_argument("--output", type=Path, default=default, help="folder (default: %(default)s)")
     try:
         folder = parser.parse_args(argv).output
         for name, rows in (("sentiment", sentiment), ("paraphrase", paraphrase)):

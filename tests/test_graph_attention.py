@@ -152,6 +152,18 @@ def one_head(m, x):
     return m.out((m.q(x) @ m.k(x).transpose(1, 2) * 0.3).softmax(-1) @ m.v(x))
 
 
+@case("one_head_of_sdpa", tokens(), (8, 12, 12), attention_layers, reader="all")
+def one_head_of_sdpa(m, x):
+    x = m.a(x)
+    return m.out(functional.scaled_dot_product_attention(m.q(x), m.k(x), m.v(x), scale=0.3))
+
+
+@case("one_head_scaled_by_its_width", tokens(), (8, 12), attention_layers)
+def one_head_scaled_by_its_width(m, x):
+    x = m.a(x)
+    return m.out(functional.scaled_dot_product_attention(m.q(x), m.k(x), m.v(x)))
+
+
 @case(
     "cross_attention",
     lambda batch: (tokens()(batch), tokens(6, 3)(batch)),
