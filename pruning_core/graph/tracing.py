@@ -116,7 +116,7 @@ def record(
 
 
 def _end(trace: Recorder, outputs_may_shrink: bool) -> None:
-    trace.labels.here = "the model's output"
+    trace.labels.here = ""
     for leaf in leaves(trace.output):
         shadow = trace.shadow_of(leaf)
         if outputs_may_shrink and isinstance(shadow, Tensor):  # a parameter as an output always stays
