@@ -162,7 +162,7 @@ def summary(family: str, rows: list[Row]) -> list[str]:
             lines.append(f"    {slowest}; " + (f"OVER: {', '.join(over)}" if over else "all within their bars"))
     if any("tp_result" in row for row in rows):
         good = sum(row["tp_result"] == "ok" for row in rows)
-        lines.append(f"    Torch-Pruning: {good} of {len(rows)} ok")
+        lines.append(f"{family}, Torch-Pruning: {good} of {len(rows)} ok")
     return lines
 
 

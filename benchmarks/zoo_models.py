@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -177,9 +176,7 @@ def _ultralytics() -> list[Row]:
 
 
 def _yolo(name: str) -> nn.Module:
-    for switch, value in {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false"}.items():
-        os.environ.setdefault(switch, value)
-    from ultralytics.nn import tasks
+    from apps.yolov5.ultralytics_adapter import tasks
 
     kinds = {"seg": tasks.SegmentationModel, "cls": tasks.ClassificationModel}
     kind = kinds.get(name.rpartition("-")[2], tasks.DetectionModel)

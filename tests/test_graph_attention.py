@@ -92,6 +92,43 @@ def relative_bias(m, x):
     return m.out(joined((q @ k.transpose(-2, -1) + bias).softmax(-1) @ v))
 
 
+@case(
+    "bias_of_each_head_as_mask",
+    tokens(),
+    (4, 8),
+    lambda: {"bias": nn.Parameter(torch.ones(4, 4, 4))} | attention_layers(),
+    HEADS,
+)
+def bias_of_each_head_as_mask(m, x):
+    x = m.a(x)
+    q, k, v = (split_heads(each(x), m.heads, m.head_dim) for each in (m.q, m.k, m.v))
+    return m.out(joined(functional.scaled_dot_product_attention(q, k, v, m.bias[None])))
+
+
+@case(
+    "mask_of_all_heads", tokens(), (8, 4), lambda: {"bias": nn.Parameter(torch.ones(4, 4))} | attention_layers(), HEADS
+)
+def mask_of_all_heads(m, x):
+    x = m.a(x)
+    q, k, v = (split_heads(each(x), m.heads, m.head_dim) for each in (m.q, m.k, m.v))
+    return m.out(joined(functional.scaled_dot_product_attention(q, k, v, m.bias)))
+
+
+def two_layers():
+    second = {f"{name}2": layer for name, layer in attention_layers().items() if name != "a"}
+    return attention_layers() | {"out": nn.Linear(12, 8)} | second
+
+
+@case("mask_of_each_head_for_two_layers", tokens(), (8, 4), two_layers, HEADS)
+def mask_of_each_head_for_two_layers(m, x):
+    x = m.a(x)
+    mask = x.new_ones(1, m.heads, x.shape[1], x.shape[1]).tril().log()
+    q, k, v = (split_heads(each(x), m.heads, m.head_dim) for each in (m.q, m.k, m.v))
+    x = x + m.out(joined(functional.scaled_dot_product_attention(q, k, v, mask)))
+    q, k, v = (split_heads(each(x), m.heads, m.head_dim) for each in (m.q2, m.k2, m.v2))
+    return m.out2(joined(functional.scaled_dot_product_attention(q, k, v, mask)))
+
+
 @case("grouped_queries_interleaved", tokens(), (8, 2), lambda: attention_layers(key=6), {"heads": 4, "pairs": 2})
 def grouped_queries_interleaved(m, x):
     x = m.a(x)

@@ -36,6 +36,12 @@ def chunk(m, x):
     return m.out(torch.cat([first, second, m.b(second)], 1).sigmoid())
 
 
+@case("chunk_into_unequal_pieces", image(), (), lambda: {"a": stem(9), "b": head(5), "out": head(4)})
+def chunk_into_unequal_pieces(m, x):
+    first, second = m.a(x).chunk(2, 1)
+    return m.b(first) + m.out(second)
+
+
 @case("gated_by_chunk", image(), (4,), lambda: {"a": stem(8), "out": head(4)})
 def gated_by_chunk(m, x):
     first, second = m.a(x).chunk(2, 1)
@@ -156,6 +162,19 @@ def flatten_with_literal(m, x):
 @case("permute", image(), (8,), lambda: {"a": stem(), "out": nn.Linear(8, 4)})
 def permute(m, x):
     return m.out(m.a(x).sigmoid().permute(0, 2, 3, 1))
+
+
+@case("folded_into_the_batch", image(), (4,), lambda: {"a": stem(), "out": head(4)})
+def folded_into_the_batch(m, x):
+    x = m.a(x).sigmoid()
+    return m.out(x.reshape(2 * x.shape[0], -1, *x.shape[2:]))
+
+
+@case("rows_overwritten", image(), (8,), lambda: {"a": stem(), "b": stem(), "out": head()})
+def rows_overwritten(m, x):
+    y = m.a(x).sigmoid()
+    y[:, :, 0] = m.b(x)[:, :, 0]
+    return m.out(y)
 
 
 @case("windows", image(), (8,), lambda: {"a": stem(), "out": nn.Linear(8, 4)}, {"window": 2})

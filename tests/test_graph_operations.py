@@ -79,6 +79,24 @@ def tied_embedding(m, x):
     return functional.linear(x + m.b(m.a(x).relu()), m.emb.weight)
 
 
+def tied_layers():
+    layers = {"emb": nn.Embedding(10, 8), "a": nn.Linear(8, 6), "b": nn.Linear(6, 8), "out": nn.Linear(8, 10, False)}
+    layers["out"].weight = layers["emb"].weight
+    return layers
+
+
+@case("tied_head", numbers, (8, 6), tied_layers)
+def tied_head(m, x):
+    x = m.emb(x)
+    return m.out(x + m.b(m.a(x).relu()))
+
+
+@case("looked_up_and_multiplied", numbers, (), lambda: {"emb": nn.Embedding(10, 8), "out": nn.Linear(10, 4)})
+def looked_up_and_multiplied(m, x):
+    """Its rows are channels of the product, but they are looked up by number as well."""
+    return m.out(functional.linear(m.emb(x), m.emb.weight).sigmoid())
+
+
 @case("matmul_with_parameter", tokens(), (8,), lambda: {"a": nn.Linear(5, 8), "out": nn.Linear(4, 8)})
 def matmul_with_parameter(m, x):
     return torch.matmul(m.a(x).sigmoid(), m.out.weight)
@@ -157,6 +175,17 @@ chain(
 def layer_norm_channels_last(m, x):
     x = m.norm(m.a(x).permute(0, 2, 3, 1))
     return m.out(m.b(x).sigmoid().permute(0, 3, 1, 2))
+
+
+chain(
+    "layer_norm_over_an_image_without_weights",
+    image(),
+    (),
+    lambda: [stem(), nn.LayerNorm([8, 6, 6], elementwise_affine=False), nn.Sigmoid(), head()],
+)
+for name, norm in (("layer_norm", nn.LayerNorm), ("rms_norm", nn.RMSNorm), ("rms_norm_by_hand", RMSNormByHand)):
+    parts = [nn.Unflatten(-1, (-1, 3)), norm(3), nn.Sigmoid(), nn.Flatten(-2)]
+    chain(f"{name}_of_parts", tokens(), (4,), lambda parts=parts: [nn.Linear(5, 12), *parts, nn.Linear(12, 4)])
 
 
 # ---- element by element ---------------------------------------------------------------------------------------------
@@ -309,6 +338,36 @@ def test_a_depthwise_transposed_convolution_with_a_multiplier_stays():
     graph = ChannelGraph.trace(model, torch.randn(1, 3, 4, 4))
     assert not graph.groups
     assert "with a multiplier, at conv_transpose2d in 1" in reasons(graph, "0.weight:0")[0][1]
+
+
+def test_kernels_stay():
+    graph = ChannelGraph.trace(nn.Sequential(nn.Conv2d(3, 8, 3), head()), torch.randn(1, 3, 4, 4))
+    assert reasons(graph, "0.weight:2") == reasons(graph, "0.weight:3") == [(3, "is a kernel's axis, at conv2d in 0")]
+
+
+def test_what_is_summed_with_constants_stays():
+    model = Calls(lambda m, x: m.out(m.a(x)) * (m.b(x) @ torch.ones(6, 1)), {}, {})
+    model.a, model.b, model.out = nn.Linear(5, 8), nn.Linear(5, 6), nn.Linear(8, 4)
+    graph = ChannelGraph.trace(model, torch.randn(2, 5))
+    assert list(graph.groups) == ["a.weight:0"]
+    assert reasons(graph, "b.weight:0") == [(6, "is summed with a tensor of fixed size, at matmul in the model")]
+
+
+def split_by_the_code(m, x):
+    scaled = (m.a.weight * 2).view(2, 4, 5).flatten(0, 1)
+    return m.out(m.a(x) * functional.linear(x, scaled))
+
+
+def test_a_computed_weight_whose_axis_is_split_stays():
+    model = Calls(split_by_the_code, {"a": nn.Linear(5, 8), "out": nn.Linear(8, 4)}, {})
+    graph = ChannelGraph.trace(model, torch.randn(1, 5))
+    assert not graph.groups
+    assert reasons(graph, "a.weight:0") == [(8, "its axis is split or merged, at view in the model")]
+
+
+def test_norms_over_one_value_do_not_hinder_training_mode():
+    layers = [nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 4)]
+    assert not ChannelGraph.trace(nn.Sequential(*layers), torch.randn(1, 3, 4, 4)).notes
 
 
 def test_what_is_not_used_stays_and_is_listed():

@@ -9,6 +9,7 @@ from graph_reference import (
     assert_close,
     assert_same,
     chosen,
+    double,
     head,
     made,
     reference,
@@ -196,17 +197,52 @@ STRUCTURES = [
     "frozen_batch_norm",
     "group_norm_of_single_channels",
 ]
-STRUCTURES += ["layer_norm", "tied_embedding", "prelu_many", "chunk", "split_by_attribute", "channel_shuffle", "focus"]
+STRUCTURES += ["layer_norm", "tied_head", "prelu_many", "chunk", "split_by_attribute", "channel_shuffle", "focus"]
 STRUCTURES += ["windows", "fused_reshape", "multihead_attention", "transformer_encoder", "lstm_bidirectional", "gru"]
 STRUCTURES += ["weight_norm", "lstm_projected", "depthwise_conv_transpose2d", "instance_norm_affine"]
 
 
 def cut(case, seed=0):
-    model, example = made(case), case.example(2)
-    example = example.double() if example.is_floating_point() else example
+    model, example = made(case), double(case.example(2))
     graph = ChannelGraph.trace(model, example)
     plan = graph.plan(chosen(graph, seed))
     return model, plan, slimmed(model, plan, example), example
+
+
+NUMBERS = {
+    "conv2d": ("0", {"in_channels": 3, "out_channels": 6}),
+    "depthwise_conv2d": ("2", {"in_channels": 6, "out_channels": 6, "groups": 6}),
+    "depthwise_with_multiplier": ("1", {"in_channels": 4, "out_channels": 8, "groups": 4}),
+    "grouped_conv2d": ("2", {"in_channels": 4, "out_channels": 8, "groups": 4}),
+    "grouped_conv_transpose2d": ("2", {"in_channels": 4, "out_channels": 8, "groups": 4}),
+    "depthwise_conv_transpose2d": ("2", {"in_channels": 6, "out_channels": 6, "groups": 6}),
+    "linear": ("2", {"in_features": 6, "out_features": 4}),
+    "embedding": ("0", {"num_embeddings": 10, "embedding_dim": 6}),
+    "batch_norm2d": ("1", {"num_features": 6}),
+    "layer_norm": ("1", {"normalized_shape": (6,)}),
+    "rms_norm": ("1", {"normalized_shape": (6,)}),
+    "group_norm_1": ("1", {"num_channels": 6, "num_groups": 1}),
+    "group_norm_4": ("1", {"num_channels": 8, "num_groups": 4}),
+    "group_norm_of_single_channels": ("1", {"num_channels": 6, "num_groups": 6}),
+    "prelu_many": ("1", {"num_parameters": 6}),
+    "multihead_attention": ("mha", {"embed_dim": 9, "num_heads": 3, "head_dim": 3, "kdim": 9, "vdim": 9}),
+    "gru": ("1", {"input_size": 5, "hidden_size": 4}),
+    "lstm_projected": ("1", {"input_size": 5, "hidden_size": 4, "proj_size": 1}),
+    "lstm_cell": ("cell", {"input_size": 5, "hidden_size": 4}),
+    "split_by_attribute": ("", {"parts": [2, 3]}),
+    "sdpa": ("", {"heads": 3, "head_dim": 3}),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_modules_say_their_new_widths(name):
+    """Of every group a quarter goes."""
+    model, example = made(EACH[name]), double(EACH[name].example(2))
+    graph = ChannelGraph.trace(model, example)
+    removed = {key: range((len(group) + 3) // 4) for key, group in graph.groups.items()}
+    slim = slimmed(model, graph.plan(removed), example)
+    path, want = NUMBERS[name]
+    assert {key: getattr(slim.get_submodule(path), key) for key in want} == want
 
 
 @pytest.mark.parametrize("name", STRUCTURES)

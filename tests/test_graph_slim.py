@@ -140,6 +140,22 @@ def test_a_loss_that_is_still_held_does_not_disturb():
     assert held.grad_fn is not None
 
 
+@pytest.mark.parametrize(
+    ("dims", "layout"), [(4, torch.channels_last), (5, torch.channels_last_3d), (4, torch.contiguous_format)]
+)
+def test_weights_and_states_keep_their_memory_format(dims, layout):
+    conv = nn.Conv2d if dims == 4 else nn.Conv3d
+    model = nn.Sequential(conv(3, 8, 3, padding=1), nn.ReLU(), conv(8, 6, 3), nn.ReLU(), conv(6, 4, 3)).double()
+    model, example = model.to(memory_format=layout), torch.randn(2, 3, *[6] * (dims - 2)).double()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    model(example).sum().backward()
+    optimizer.step()
+    slim_(model, planned(model, 1, example), example_inputs=example, optimizer=optimizer)
+    weights = [layer.weight for layer in model if hasattr(layer, "weight")]
+    for each in [*weights, *(optimizer.state[weight]["exp_avg"] for weight in weights)]:
+        assert each.is_contiguous(memory_format=layout)
+
+
 def test_parameter_groups_and_frozen_parameters():
     model = Net()
     model.bn1.weight.requires_grad_(False)
@@ -284,6 +300,15 @@ def test_a_plan_that_keeps_everything_changes_no_bit():
     after[2] = None
     assert_same(after, before)
     assert [each.data_ptr() for each in model.state_dict().values()] == memory
+
+
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_the_difference_from_the_masked_model_is_told(dtype, apart):
+    model = Net().to(dtype)
+    done = slim_(model, planned(model, 0, EXAMPLE.to(dtype)), example_inputs=EXAMPLE.to(dtype))
+    assert 0 <= done.difference <= apart
+    assert str(done).startswith(f"{params(Net()):,} -> {params(model):,} parameters (")
+    assert f"{done.difference:.1e}" in str(done)
 
 
 def test_two_cuts_are_one():

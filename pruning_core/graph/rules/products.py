@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruning_core.graph.labels import NONE, compact, holds_any, varies
+from pruning_core.graph.labels import NONE, compact, holds_any, stored, varies
 from pruning_core.graph.recorder import Call, Recorder
 from pruning_core.graph.rules.elementwise import Met
 from pruning_core.graph.rules.table import rule
@@ -145,14 +145,16 @@ def _activations(trace: Recorder, call: Call, left: tuple[Tensor, str], right: t
 
 def _cost(trace: Recorder, call: Call, a: Tensor, b: Tensor) -> None:
     """All letters multiplied; those that channels lie along are counted as they are kept."""
-    a, b = torch.broadcast_tensors(a, b)
-    labels = torch.where(a == NONE, b, a)
-    along_them = [dim for dim in range(labels.dim()) if varies(labels, dim)]
-    grid = labels
-    for dim in range(labels.dim()):
-        if dim not in along_them:
+    whole = torch.broadcast_shapes(a.shape, b.shape)
+    a, b = (stored(each)[0] for each in (a, b))
+    for dim in range(len(whole)):
+        if not varies(a, dim) and not varies(b, dim):
+            a, b = (each.narrow(dim, 0, 1) for each in (a, b))
+    grid = torch.where(a == NONE, b, a)
+    for dim in range(len(whole)):
+        if not varies(grid, dim):
             grid = grid.narrow(dim, 0, 1)
-    trace.cost(call, [grid.reshape(-1)], rows=labels.numel() // grid.numel())
+    trace.cost(call, [grid.reshape(-1)], rows=whole.numel() // grid.numel())
 
 
 def _attention_cost(trace: Recorder, call: Call, query: Tensor, value: Tensor) -> None:
@@ -223,22 +225,26 @@ def _head_labels(trace: Recorder, labels: Tensor) -> Tensor:
 
 def _mask(trace: Recorder, call: Call, heads: Tensor) -> None:
     """A mask of each head goes with it; one that is handed from layer to layer takes their heads along."""
-    tensor = call["attn_mask"]
+    tensor, shadow = call["attn_mask"], call.shadow("attn_mask")
     if not isinstance(tensor, Tensor):
         return
-    if not holds_any(trace.known(tensor)) and tensor.dim() > 2 and tensor.shape[-3] == len(heads) > 1:
+    bare = shadow is None or (isinstance(shadow, Tensor) and not holds_any(shadow))
+    if bare and tensor.dim() > 2 and tensor.shape[-3] == len(heads) > 1:
         trace.adopt(tensor, heads.view(-1, 1, 1).expand(tensor.shape))
-    elif call.shadow("attn_mask") is not None:
-        mask = trace.activation(call, "attn_mask")
+    elif shadow is not None:
+        mask = as_activation(trace.labels, shadow, tuple(tensor.shape), trace.activation(call, "query"))
         if mask.dim() > 2 and mask.shape[-3] == len(heads) and varies(mask, mask.dim() - 3):
             by_head = mask.movedim(-3, 0).reshape(len(heads), -1)
             trace.labels.tie(by_head, heads[:, None].expand(by_head.shape))
         else:
-            trace.freeze(call.shadow("attn_mask"), "masks all heads")
+            trace.freeze(shadow, "masks all heads")
 
 
 def _one_head_attention(trace: Recorder, call: Call, query: Tensor, key: Tensor, value: Tensor) -> Any:
     """Without heads the default scale comes from the width of the query, which therefore stays."""
+    pairs = call["query"].shape[-2] * call["key"].shape[-2] * call["query"][..., 0, 0].numel()
+    for labels in (query, value):
+        trace.cost(call, [labels.reshape(-1, labels.shape[-1])[0]], rows=pairs)
     if call["scale"] is None:
         trace.labels.freeze(query, "attention scales by its width")
         trace.labels.freeze(key, "attention scales by its width")
