@@ -278,6 +278,11 @@ def unit_length(m, x):
     return m.out(functional.normalize(m.a(x), dim=1))
 
 
+@case("unit_length_of_parts", tokens(), (4,), lambda: {"a": nn.Linear(5, 12), "out": nn.Linear(12, 4)}, {"width": 3})
+def unit_length_of_parts(m, x):
+    return m.out(functional.normalize(m.a(x).unflatten(-1, (-1, m.width)), dim=-1).flatten(-2))
+
+
 @case("maximum_over_channels", image(), (), lambda: {"a": stem(), "out": head()})
 def maximum_over_channels(m, x):
     return m.out(m.a(x)) * m.a(x).amax(1, keepdim=True)
@@ -345,12 +350,30 @@ def test_kernels_stay():
     assert reasons(graph, "0.weight:2") == reasons(graph, "0.weight:3") == [(3, "is a kernel's axis, at conv2d in 0")]
 
 
-def test_what_is_summed_with_constants_stays():
-    model = Calls(lambda m, x: m.out(m.a(x)) * (m.b(x) @ torch.ones(6, 1)), {}, {})
-    model.a, model.b, model.out = nn.Linear(5, 8), nn.Linear(5, 6), nn.Linear(8, 4)
-    graph = ChannelGraph.trace(model, torch.randn(2, 5))
+def on_a_side_branch(function, width):
+    """Two branches: one is cut, the other meets a function that a cut would change."""
+    layers = {"a": nn.Linear(5, 8), "b": nn.Linear(5, 6), "out": nn.Linear(8, 4), "side": nn.Linear(width, 4)}
+    return Calls(lambda m, x: m.out(m.a(x)) * m.side(function(m.b(x))), layers, {})
+
+
+REASONS = {
+    "is summed with a tensor of fixed size, at matmul in the model": (lambda y: y @ torch.ones(6, 3), 3),
+    "a softmax over channels, at softmax in the model": (lambda y: y.softmax(-1), 6),
+    "a cumsum over channels, at cumsum in the model": (lambda y: y.cumsum(-1), 6),
+    "a mean over channels, at mean in the model": (lambda y: y - y.mean(-1, keepdim=True), 6),
+    "a topk over channels, at topk in the model": (lambda y: y.topk(3).values, 3),
+    "is picked from by number, at index in the model": (lambda y: y[:, torch.tensor([1, 4])], 2),
+    "is cut into unequal pieces, at chunk in the model": (lambda y: y[:, :5].chunk(2, -1)[0], 3),
+    "its values become numbers, at bucketize in the model": (lambda y: torch.bucketize(y, torch.zeros(1)).float(), 6),
+    "an operation without a rule, at cdist in the model": (lambda y: torch.cdist(y, y), 2),
+}
+
+
+@pytest.mark.parametrize("why", REASONS)
+def test_what_stays_says_why(why):
+    graph = ChannelGraph.trace(on_a_side_branch(*REASONS[why]), torch.randn(2, 5))
     assert list(graph.groups) == ["a.weight:0"]
-    assert reasons(graph, "b.weight:0") == [(6, "is summed with a tensor of fixed size, at matmul in the model")]
+    assert why in [each for _, each in reasons(graph, "b.weight:0")]
 
 
 def split_by_the_code(m, x):

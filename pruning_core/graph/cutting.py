@@ -25,6 +25,14 @@ def put(tensor: Tensor, data: Tensor) -> None:
     tensor.data = data
 
 
+def laid_out(part: Tensor, whole: Tensor) -> Tensor:
+    """A part in the memory format of the whole."""
+    for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if whole.dim() == dims and whole.is_contiguous(memory_format=layout) and not whole.is_contiguous():
+            return part.contiguous(memory_format=layout)
+    return part
+
+
 def cut_parameters(model: nn.Module, plan: Plan) -> None:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     by_tensor: dict[str, list[Axis]] = {}
@@ -35,7 +43,7 @@ def cut_parameters(model: nn.Module, plan: Plan) -> None:
         data = tensor.detach()
         for axis in axes:
             data = data.index_select(axis.dim, torch.tensor(plan.kept(axis), device=data.device))
-        put(tensor, data)
+        put(tensor, laid_out(data, tensor))
         tensor.grad = None
 
 
@@ -68,12 +76,13 @@ def _cut(what: str, key: str, value: Tensor, shape: tuple[int, ...], axes: list[
             f"optimizer: {what} has shape {tuple(value.shape)}, which does not follow from the parameter's {shape}; "
             "make the optimizer anew after slim_"
         )
+    part = value
     for axis in axes:
         if axis.dim in dims:
             at = dims.index(axis.dim)
-            if value.shape[at] == plan.sizes[axis]:
-                value = value.index_select(at, torch.tensor(plan.kept(axis), device=value.device))
-    return value.clone() if value._is_view() else value
+            if part.shape[at] == plan.sizes[axis]:
+                part = part.index_select(at, torch.tensor(plan.kept(axis), device=part.device))
+    return laid_out(part.clone() if part._is_view() else part, value)
 
 
 def _dims(key: str, value: tuple[int, ...], shape: tuple[int, ...]) -> list[int | None] | None:
