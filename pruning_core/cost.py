@@ -1,4 +1,4 @@
-"""What a model costs: how long one forward pass takes, measured."""
+"""What a call costs beside another: time, measured."""
 
 from __future__ import annotations
 
@@ -9,13 +9,6 @@ from statistics import median
 import torch
 
 Timed = Callable[[], object]
-
-
-def seconds(run: Timed, repeats: int = 9, warmup: int = 2) -> float:
-    """Median wall time of one call; on an accelerator it is waited for."""
-    for _ in range(warmup):
-        run()
-    return median(_once(run) for _ in range(repeats))
 
 
 def ratio(run: Timed, beside: Timed, repeats: int = 9, warmup: int = 2) -> float:

@@ -436,3 +436,23 @@ def test_half_of_every_group_of_a_resnet():
     graph = ChannelGraph.trace(model, example)
     removed = graph.restored({name: range(len(group) // 2) for name, group in graph.groups.items()})
     assert slim_(model, graph.plan(removed), example_inputs=example).params_after == params(model) == 3_055_880
+
+
+def test_it_says_when_there_was_nothing_to_compare():
+    """A detector that finds nothing: its shapes were followed, no number was."""
+
+    class Silent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+        def forward(self, x):
+            found = self.inner(x)
+            return found[found[:, 0] > 1e9]
+
+    model, rows = Silent(), torch.randn(3, 4)
+    graph = ChannelGraph.trace(model, rows)
+    (name,) = graph.groups
+    done = slim_(model, graph.plan({name: [0, 3]}), example_inputs=rows)
+    assert done.compared == 0
+    assert str(done).endswith("outputs hold no numbers: shapes alone were compared with the masked model")

@@ -41,13 +41,15 @@ def main(options: argparse.Namespace) -> int:
         if options.path.name.endswith(".safetensors"):
             if options.format == "onnx":
                 raise BadInput("--format: onnx is made of a .pt, got a packed file; unpack it first, without --format")
-            print(unpack(options.path, _free(options, options.path.name.removesuffix(PACKED) + ".pt")))
+            print(unpack(options.path, free_path(options, options.path.name.removesuffix(PACKED) + ".pt")))
         elif options.format == "onnx":
             print(
-                to_onnx(options.path, _free(options, f"{options.path.stem}.onnx"), options.img, sparse=options.sparse)
+                to_onnx(
+                    options.path, free_path(options, f"{options.path.stem}.onnx"), options.img, sparse=options.sparse
+                )
             )
         else:
-            print(pack(options.path, _free(options, options.path.stem + PACKED)))
+            print(pack(options.path, free_path(options, options.path.stem + PACKED)))
     except BadInput as error:
         leave(str(error))
     except (ValueError, OSError, ImportError) as error:
@@ -55,7 +57,7 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _free(options: argparse.Namespace, name: str) -> Path:
+def free_path(options: argparse.Namespace, name: str) -> Path:
     path = options.output or options.path.with_name(name)
     if path.exists() and not options.overwrite:
         raise BadInput(f"--output: is there already, got {str(path)!r}; give another name, or --overwrite")

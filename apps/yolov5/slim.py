@@ -10,7 +10,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from apps.common.arguments import Parser, count, leave
 from apps.common.errors import BadInput
+from apps.yolov5.export import free_path
 
+# The core's names, written again so that --help and typing mistakes are answered before torch is imported.
 KINDS = ("params", "macs", "channels", "latency")
 IMPORTANCES = ("magnitude", "l1", "bn_scale", "geometric_median", "random")
 EXAMPLES = """examples:
@@ -47,11 +49,8 @@ def budget(text: str) -> tuple[str, float]:
 
 
 def main(options: argparse.Namespace) -> int:
-    out = options.output or options.path.with_name(f"{options.path.stem}.slim.pt")
     try:
-        if out.exists() and not options.overwrite:
-            raise BadInput(f"--output: is there already, got {str(out)!r}; give another name, or --overwrite")
-        print(slim(options, out))
+        print(slim(options, free_path(options, f"{options.path.stem}.slim.pt")))
     except BadInput as error:
         leave(str(error))
     except (ValueError, OSError, ImportError) as error:

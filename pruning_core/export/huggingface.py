@@ -15,7 +15,6 @@ from pruning_core.checkpoint import METHOD, CheckpointError
 from pruning_core.export.sparse_file import AUTO, Choice, read_safetensors, write_dense, write_state
 
 CONFIG, WEIGHTS, INDEX, CARD = "config.json", "model.safetensors", "model.safetensors.index.json", "README.md"
-OWN_FILES = (CONFIG, INDEX, CARD)
 OWN = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 """The names that ``save_pretrained`` gives to weights and their index."""
 CARD_MARK = "Its zeros are packed"
@@ -69,7 +68,7 @@ def pack_folder(source: str | Path, folder: str | Path, choice: Choice, name: st
     about = config.get("quantization_config") or {}
     if about and (about.get("quant_method") != METHOD or not about.get("slim") or about.get("packed")):
         raise CheckpointError(f"{source}: is packed or quantized already; give the folder it was made from")
-    with _made_beside(folder, source, shards) as made:
+    with made_beside(folder, source, shards) as made:
         for shard in shards:
             write_state(read_safetensors(source / shard), made / shard, choice)
         _write_json(made / CONFIG, {**config, "quantization_config": {"quant_method": METHOD, **_packed(about)}})
@@ -87,7 +86,7 @@ def unpack_folder(source: str | Path, folder: str | Path) -> None:
     about = config.pop("quantization_config", None) or {}
     if about.pop("quant_method", None) != METHOD or (about and not about.pop("packed", False)):
         raise CheckpointError(f"{source}: is not packed; give a folder that save_pretrained_sparse wrote")
-    with _made_beside(folder, source, shards) as made:
+    with made_beside(folder, source, shards) as made:
         for shard in shards:
             write_dense(source / shard, made / shard)
         _write_json(
@@ -98,7 +97,7 @@ def unpack_folder(source: str | Path, folder: str | Path) -> None:
 
 
 @contextmanager
-def _made_beside(folder: Path, source: Path, shards: list[str]) -> Iterator[Path]:
+def made_beside(folder: Path, source: Path, shards: list[str]) -> Iterator[Path]:
     """A folder with everything of the source but its weights; what it holds at the end is moved to ``folder``."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
@@ -107,7 +106,7 @@ def _made_beside(folder: Path, source: Path, shards: list[str]) -> Iterator[Path
             if path.is_file() and path.name not in shards:
                 shutil.copy(path, made)
         yield made
-        move(made, folder)
+        _move(made, folder)
 
 
 def _packed(about: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +151,7 @@ def _read_json(source: Path, name: str) -> dict[str, Any]:
     return plain
 
 
-def move(made: Path, folder: Path) -> None:
+def _move(made: Path, folder: Path) -> None:
     """Everything is on the disk by now: what remains are renames. Weights of an older model do not stay beside it."""
     folder.mkdir(exist_ok=True)
     new = {path.name for path in made.iterdir()}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 from pruning_core.channels import ChannelReport, plan_channels
 from pruning_core.checkpoint import CheckpointError
 from pruning_core.export.commands import check_free
-from pruning_core.export.huggingface import OWN_FILES, move, read_folder
+from pruning_core.export.huggingface import CARD, INDEX, made_beside, read_folder
 from pruning_core.graph import ChannelGraph, slim_
 
 
@@ -29,13 +27,10 @@ def slim_folder(
     plan = plan_channels(graph, budget, example_inputs=example, **choice)
     report = ChannelReport.of(graph, plan)
     done = slim_(model, plan, example_inputs=example)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-        made = Path(temporary)
-        for path in source.iterdir():
-            if path.is_file() and path.name not in (*shards, *OWN_FILES):
-                shutil.copy(path, made)
+    with made_beside(out, source, shards) as made:
+        for stale in (INDEX, CARD):  # of the dense model
+            (made / stale).unlink(missing_ok=True)
         model.save_pretrained(made)
-        move(made, out)
     if plot:
         report.plot(plot)
     kind = type(model).__name__

@@ -81,8 +81,8 @@ def _upwards(path: str) -> Iterator[str]:
 
 def _unlikely(name: str) -> bool:
     """Attributes that seldom say how many channels there are come last."""
-    words = ("window", "shift", "kernel", "stride", "padding", "dilation", "patch", "layer", "depth", "dropout")
-    return len(name) == 1 or any(word in name for word in words)
+    seldom = ("window", "shift", "kernel", "stride", "padding", "dilation", "patch", "layer", "depth", "dropout")
+    return len(name) == 1 or any(word in name for word in seldom)
 
 
 def _holds(value: Any, old: int) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pruning_core.graph.labels import Axis
-from pruning_core.graph.plan import Plan
+from pruning_core.graph.plan import Plan, named_tensors
 from pruning_core.graph.tracing import GraphError
 
 Before = Mapping[str, tuple[Tensor, Tensor, Tensor | None]]
@@ -34,7 +34,7 @@ def laid_out(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def cut_parameters(model: nn.Module, plan: Plan) -> None:
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = named_tensors(model)
     by_tensor: dict[str, list[Axis]] = {}
     for axis in plan.removed:
         by_tensor.setdefault(axis.tensor, []).append(axis)

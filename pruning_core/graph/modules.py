@@ -32,8 +32,6 @@ def widths(module: nn.Module) -> dict[str, Any]:
         return _conv(module)
     if isinstance(module, nn.Linear):
         return {"in_features": module.weight.shape[1], "out_features": module.weight.shape[0]}
-    if isinstance(module, nn.Bilinear):
-        return {}
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return {"embedding_dim": module.weight.shape[1]}
     if isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:

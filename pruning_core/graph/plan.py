@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ class Plan:
     consumers: frozenset[Axis] = frozenset()
     norms: frozenset[str] = frozenset()
     model: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def kept(self, axis: Axis) -> list[int]:
         gone = set(self.removed.get(axis, ()))
@@ -47,7 +46,6 @@ class Plan:
             "channels": {name: ranges(at) for name, at in sorted(self.channels.items())},
             "consumers": sorted(map(str, self.consumers)),
             "norms": sorted(self.norms),
-            **self.extra,
         }
 
     @classmethod

@@ -40,6 +40,7 @@ def prove(graph: Provable, traces: list[Recorder], example: Inputs) -> None:
     """Cuts every group of a copy, twice. Where the copy's code gets a width from its input's, both widths are kept
     equal; where even that does not help, the channels stay."""
     tried: set[tuple[type, str, tuple[int, ...]]] = set()
+    last = ""
     for _ in range(ROUNDS):
         try:
             for quarters in TRIALS:
@@ -47,15 +48,15 @@ def prove(graph: Provable, traces: list[Recorder], example: Inputs) -> None:
                 slim_(_copied(graph.model), plan, example_inputs=example, outputs_may_shrink=shrink)
             return
         except CannotFollowError as error:
-            kind = _kind(graph, error.step)
+            kind, last = _kind(graph, error.step), str(error)
             again = kind in tried
             tried.add(kind)
             for trace in traces:
                 for step in trace.steps:
                     if _kind(graph, step) == kind:
-                        _bind(graph, trace, step, again, str(error))
+                        _bind(graph, trace, step, again, last)
             graph.solve(traces)
-    raise GraphError("example_inputs: no cut of this model can be followed; see the last error above")
+    raise GraphError(f"example_inputs: no cut of this model can be followed ({last}); leave the model as it is")
 
 
 def _copied(model: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from pruning_core.graph.attributes import Attributes, fit, left
 from pruning_core.graph.cutting import cut_optimizer, cut_parameters, put
 from pruning_core.graph.masked import MaskedRun, masked_run
-from pruning_core.graph.plan import Plan
+from pruning_core.graph.plan import Plan, named_tensors
 from pruning_core.graph.structure import remember
 from pruning_core.graph.tracing import GraphError, as_inputs, leaves
 
@@ -22,19 +22,21 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, tor
 
 @dataclass(frozen=True)
 class Slimmed:
-    """What ``slim_`` did: parameters before and after, and how far the cut model is from the reference."""
+    """What ``slim_`` did: parameters before and after, and how far the cut model is from the reference, in so many
+    numbers: a detector that finds nothing on the example has none."""
 
     params_before: int
     params_after: int
     difference: float
+    compared: int
     attributes: Mapping[str, Mapping[str, Any]]
 
     def __str__(self) -> str:
         share = self.params_after / max(self.params_before, 1)
-        return (
-            f"{self.params_before:,} -> {self.params_after:,} parameters ({share:.1%}); "
-            f"largest relative difference from the masked model {self.difference:.1e}"
-        )
+        checked = f"largest relative difference from the masked model {self.difference:.1e}"
+        if not self.compared:
+            checked = "the example's outputs hold no numbers: shapes alone were compared with the masked model"
+        return f"{self.params_before:,} -> {self.params_after:,} parameters ({share:.1%}); {checked}"
 
 
 def slim_(
@@ -81,7 +83,9 @@ def slim_(
         state[key] = value
     for each in (model, *copies):
         remember(each, plan, attributes.changed)
-    return Slimmed(before, sum(parameter.numel() for parameter in model.parameters()), difference, attributes.changed)
+    after = sum(parameter.numel() for parameter in model.parameters())
+    compared = sum(leaf.numel() for leaf in reference if leaf.is_floating_point())
+    return Slimmed(before, after, difference, compared, attributes.changed)
 
 
 def kept_part(trace: MaskedRun, output: Tensor, value: Tensor) -> Tensor:
@@ -119,14 +123,12 @@ class Undo:
     """Everything a cut replaces, to put back."""
 
     def __init__(self, models: list[nn.Module]) -> None:
-        self.models = models
         self.tensors = [self._tensors(model) for model in models]
         self._attributes = [(module, dict(module.__dict__)) for model in models for module in model.modules()]
 
     @staticmethod
     def _tensors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
-        found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        return {name: (tensor, tensor.data, tensor.grad) for name, tensor in found.items()}
+        return {name: (tensor, tensor.data, tensor.grad) for name, tensor in named_tensors(model).items()}
 
     def run(self) -> None:
         for tensors in self.tensors:

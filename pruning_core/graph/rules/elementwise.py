@@ -18,7 +18,7 @@ LIKE = words(
     "feature_dropout feature_dropout_ alpha_dropout alpha_dropout_ rrelu gelu gelu_ silu silu_ mish mish_ "
     "hardswish hardswish_ hardsigmoid hardsigmoid_ elu elu_ selu selu_ celu celu_ relu6 relu6_ hardtanh hardtanh_ "
     "softplus logsigmoid log_sigmoid leaky_relu leaky_relu_ threshold threshold_ tanhshrink hardshrink softshrink "
-    "nan_to_num clamp_ cumulative fill_ zero_ fill normal_ uniform_ bernoulli_ exponential_ native_dropout "
+    "nan_to_num clamp_ fill_ zero_ fill normal_ uniform_ bernoulli_ exponential_ native_dropout "
     "fake_quantize_per_tensor_affine"
 )
 MEET = words("where masked_fill masked_fill_ lerp addcmul addcdiv _assert_tensor_metadata clamp_min clamp_max isclose")

@@ -171,7 +171,7 @@ def _joined(trace: Recorder, call: Call, tensors: list[Tensor]) -> Tensor:
     return compact(call.func(labels, call["dim"]))
 
 
-@rule("index", "index_select", "gather", "take_along_dim", "masked_select", "embedding_renorm_")
+@rule("index", "index_select", "gather", "take_along_dim", "masked_select")
 def index(trace: Recorder, call: Call) -> Any:
     """Picks by number; along an axis of channels the numbers would mean others after a cut."""
     shadow = call.shadow("self")
