@@ -399,3 +399,20 @@ def test_what_is_not_used_stays_and_is_listed():
     graph = ChannelGraph.trace(model, torch.randn(1, 3, 4, 4))
     assert graph.untraced() == ["idle"]
     assert list(graph.groups) == ["a.weight:0"]
+
+
+def test_a_channel_without_others_of_its_kind_stays_with_a_reason():
+    class One(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.alone, self.rest = nn.Linear(4, 4), nn.Linear(2, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            x = self.inner(x)
+            return self.alone(x[:, :1].expand(-1, 2)) + self.rest(x[:, 1:])
+
+    graph = ChannelGraph.trace(One(), torch.randn(2, 4))
+    assert [len(group) for group in graph.groups.values()] == [3]
+    why = "no other channel has the same axes, and one must stay"
+    assert reasons(graph, "inner.weight:0") == [(1, why)]
+    assert reasons(graph, "alone.weight:1") == [(2, why)]

@@ -83,9 +83,14 @@ class ChannelGraph:
         found = []
         for axis, vector in self.labels.axes.items():
             units = self.components.of_label[vector.numpy()]
-            why = Counter(self.components.reasons[int(unit)] for unit in units if int(unit) in self.components.reasons)
+            why = Counter(reason for unit in units if (reason := self._reason(int(unit))))
             found += [(axis, count, reason) for reason, count in why.items()]
         return found
+
+    def _reason(self, unit: int) -> str | None:
+        if unit in self.components.reasons or unit in self.where or self.components.fixed(unit):
+            return self.components.reasons.get(unit)
+        return "no other channel has the same axes, and one must stay"
 
     def untraced(self) -> list[str]:
         """Parameters that no operation has used on these inputs."""

@@ -15,7 +15,7 @@ from pruning_core.graph.recorder import Step
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that look alike: the same axes hold them. ``units[i]`` lists the indices of channel i on each axis."""
+    """Channels that look alike: the same axes hold them. ``slices[i]`` lists the indices of channel i on each axis."""
 
     name: str
     axes: tuple[Axis, ...]

@@ -159,9 +159,9 @@ class Recorder(TorchDispatchMode):
         self.consumers.update(axis for axis in {self.labels.owner(int(label)) for label in taken.unique()} if axis)
         self.labels.tie(source, taken, "meets an input of fixed size")
 
-    def cost(self, call: Call, vectors: Sequence[Tensor], rows: int) -> None:
+    def cost(self, vectors: Sequence[Tensor], rows: int) -> None:
         """Multiply-adds of this operation: so many rows for each combination of these channels."""
-        self.costs.append(Cost(call.where, rows, tuple(vectors)))
+        self.costs.append(Cost(rows, tuple(vectors)))
 
     def known(self, tensor: Tensor) -> Tensor | None:
         """An activation's labels, if it has a shadow."""
@@ -196,7 +196,6 @@ class Recorder(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Cost:
-    where: str
     rows: int
     vectors: tuple[Tensor, ...]
 

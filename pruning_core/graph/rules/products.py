@@ -94,7 +94,7 @@ def _weight(
         given = vector.view(view).expand(shape)
         rows //= max(len(vector), 1)
         vectors.append(vector)
-    trace.cost(call, vectors, rows=rows)
+    trace.cost(vectors, rows=rows)
     return given
 
 
@@ -154,13 +154,13 @@ def _cost(trace: Recorder, call: Call, a: Tensor, b: Tensor) -> None:
     for dim in range(len(whole)):
         if not varies(grid, dim):
             grid = grid.narrow(dim, 0, 1)
-    trace.cost(call, [grid.reshape(-1)], rows=whole.numel() // grid.numel())
+    trace.cost([grid.reshape(-1)], rows=whole.numel() // grid.numel())
 
 
 def _attention_cost(trace: Recorder, call: Call, query: Tensor, value: Tensor) -> None:
     pairs = call["query"].shape[-2] * call["key"].shape[-2] * call["query"][..., 0, 0, 0].numel()
     for labels in (query, value):
-        trace.cost(call, [labels.reshape(-1, *labels.shape[-3:])[0, :, 0, :].reshape(-1)], rows=pairs)
+        trace.cost([labels.reshape(-1, *labels.shape[-3:])[0, :, 0, :].reshape(-1)], rows=pairs)
 
 
 def _matched(trace: Recorder, a: Tensor, b: Tensor, at: int) -> None:
@@ -244,7 +244,7 @@ def _one_head_attention(trace: Recorder, call: Call, query: Tensor, key: Tensor,
     """Without heads the default scale comes from the width of the query, which therefore stays."""
     pairs = call["query"].shape[-2] * call["key"].shape[-2] * call["query"][..., 0, 0].numel()
     for labels in (query, value):
-        trace.cost(call, [labels.reshape(-1, labels.shape[-1])[0]], rows=pairs)
+        trace.cost([labels.reshape(-1, labels.shape[-1])[0]], rows=pairs)
     if call["scale"] is None:
         trace.labels.freeze(query, "attention scales by its width")
         trace.labels.freeze(key, "attention scales by its width")
@@ -265,5 +265,5 @@ def grouped_mm(trace: Recorder, call: Call) -> Any:
     trace.labels.freeze(weight.vector(0), "is an expert")
     trace.consume(source, weight.vector(1))
     rows = call["self"].shape[0]
-    trace.cost(call, [weight.vector(1), weight.vector(2)], rows=rows)
+    trace.cost([weight.vector(1), weight.vector(2)], rows=rows)
     return weight.vector(2).expand(call.result.shape)

@@ -67,7 +67,7 @@ def addmm(trace: Recorder, call: Call) -> Any:
 def _apply(trace: Recorder, call: Call, source: str, taken: Tensor, given: Tensor, bias: str = "bias") -> Tensor:
     labels = trace.activation(call, source)
     trace.consume(along(trace, labels, -1), taken)
-    trace.cost(call, [given, taken], rows=call.result.numel() // max(call.result.shape[-1], 1))
+    trace.cost([given, taken], rows=call.result.numel() // max(call.result.shape[-1], 1))
     other = [dim for dim in range(labels.dim() - 1) if varies(labels, dim)]
     if other and not varies(labels, labels.dim() - 1):
         trace.labels.freeze(given, "works across positions, not channels")
@@ -98,7 +98,7 @@ def conv(trace: Recorder, call: Call) -> Any:
     begin(trace, call, given)
     counted = call["input"] if turned else call.result
     positions = counted.numel() // max(counted.shape[-spatial - 1], 1)
-    trace.cost(call, [first, second], rows=positions * _kernel(weight, spatial))
+    trace.cost([first, second], rows=positions * _kernel(weight, spatial))
     return given.view(-1, *[1] * spatial).expand(call.result.shape)
 
 
@@ -205,7 +205,7 @@ def _cell(
         given = weights[-1].vector(0)
     trace.consume(given, recurrent_weight.vector(1))
     for each in (inputs, recurrent_weight, *weights[len(weights) - projected :]):
-        trace.cost(call, [each.vector(0), each.vector(1)], rows=call["input"].numel() // call["input"].shape[-1])
+        trace.cost([each.vector(0), each.vector(1)], rows=call["input"].numel() // call["input"].shape[-1])
     if not common:
         common += [cells, given]
     trace.labels.tie(cells, common[0])
