@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pruning_core.graph.attributes import CannotFollowError
+from pruning_core.graph.fitting import CannotFollowError
 from pruning_core.graph.groups import Group
 from pruning_core.graph.labels import Labels, varies
 from pruning_core.graph.plan import Plan

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pruning_core.graph.attributes import Attributes, fit, left
+from pruning_core.graph.attributes import Attributes
 from pruning_core.graph.cutting import cut_optimizer, cut_parameters, put
+from pruning_core.graph.fitting import fit, left
 from pruning_core.graph.masked import MaskedRun, masked_run
 from pruning_core.graph.plan import Plan, named_tensors
 from pruning_core.graph.structure import remember
@@ -70,8 +71,7 @@ def slim_(
         cut_parameters(model, plan)
         attributes = Attributes(model)
         attributes.follow_parameters()
-        got = fit(model, attributes, trace, example)
-        difference = _compare(reference, leaves(got), trace.dtypes)
+        difference = fit(model, attributes, trace, example, lambda got: _compare(reference, leaves(got), trace.dtypes))
         for each in copies:
             cut_parameters(each, plan)
             attributes.apply_to(each)
