@@ -83,3 +83,25 @@ def test_attributes_are_as_before_when_the_cut_cannot_be_followed():
     with pytest.raises(GraphError, match="five is no width"):
         cut(model)
     assert [block.width for block in model] == [8, 8, 8]
+
+
+def test_channels_whose_number_is_computed_with_stay_and_others_go():
+    class Scaled(nn.Module):
+        """Divides by the root of its width, as a tensor: no operation shows that number."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.first(x)
+            x = x / torch.sqrt(torch.tensor(float(x.shape[-1])))
+            return self.third(self.second(x))
+
+    model = Scaled()
+    graph = ChannelGraph.trace(model, torch.randn(2, 8))
+    assert list(graph.groups) == ["second.weight:0"]
+    why = {reason for axis, _, reason in graph.frozen() if str(axis) == "first.weight:0"}
+    assert len(why) == 1 and "a cut gives other outputs" in why.pop()
+    slim_(model, graph.plan({"second.weight:0": [1, 3]}), example_inputs=torch.randn(2, 8))
+    assert model.second.out_features == 6

@@ -38,14 +38,13 @@ class Provable(Protocol):
 
 def prove(graph: Provable, traces: list[Recorder], example: Inputs) -> None:
     """Cuts every group of a copy, twice. Where the copy's code gets a width from its input's, both widths are kept
-    equal; where even that does not help, the channels stay."""
+    equal; where even that does not help, or where it computes something else, the channels stay."""
     tried: set[tuple[type, str, tuple[int, ...]]] = set()
     last = ""
     for _ in range(ROUNDS):
         try:
             for quarters in TRIALS:
-                plan, shrink = _trial(graph, quarters), graph.outputs_may_shrink
-                slim_(_copied(graph.model), plan, example_inputs=example, outputs_may_shrink=shrink)
+                _cut(graph, _trial(graph, quarters), example)
             return
         except CannotFollowError as error:
             kind, last = _kind(graph, error.step), str(error)
@@ -55,8 +54,33 @@ def prove(graph: Provable, traces: list[Recorder], example: Inputs) -> None:
                 for step in trace.steps:
                     if _kind(graph, step) == kind:
                         _bind(graph, trace, step, again, last)
-            graph.solve(traces)
+        except GraphError as error:
+            last = str(error)
+            if not _keep_wrong(graph, example):
+                break
+        graph.solve(traces)
     raise GraphError(f"example_inputs: no cut of this model can be followed ({last}); leave the model as it is")
+
+
+def _cut(graph: Provable, removed: Mapping[str, Iterable[int]], example: Inputs) -> None:
+    plan = graph.plan(graph.restored(removed))
+    slim_(_copied(graph.model), plan, example_inputs=example, outputs_may_shrink=graph.outputs_may_shrink)
+
+
+def _keep_wrong(graph: Provable, example: Inputs) -> bool:
+    """Freezes the groups that alone make the model compute something else; whether there are any."""
+    found = False
+    for name, removed in _trial(graph, TRIALS[0]).items():
+        try:
+            _cut(graph, {name: removed}, example)
+        except GraphError as error:
+            found = True
+            graph.labels.here = ""
+            for slices in graph.groups[name].slices:
+                for axis, at in slices.items():
+                    why = f"a cut gives other outputs ({str(error).partition(';')[0]})"
+                    graph.labels.freeze(graph.labels.axes[axis][list(at)], why)
+    return found
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -66,13 +90,13 @@ def _copied(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _trial(graph: Provable, quarters: tuple[int, ...]) -> Plan:
+def _trial(graph: Provable, quarters: tuple[int, ...]) -> dict[str, list[int]]:
     """So many quarters of one group after another: some code follows as long as all lose the same share."""
     some = random.Random(0)
-    removed = {}
-    for (name, group), share in zip(graph.groups.items(), cycle(quarters), strict=False):
-        removed[name] = some.sample(range(len(group)), max(1, len(group) * share // 4))
-    return graph.plan(graph.restored(removed))
+    return {
+        name: some.sample(range(len(group)), max(1, len(group) * share // 4))
+        for (name, group), share in zip(graph.groups.items(), cycle(quarters), strict=False)
+    }
 
 
 def _kind(graph: Provable, step: Step) -> tuple[type, str, tuple[int, ...]]:
