@@ -785,9 +785,9 @@ def test_a_teacher_with_its_labels_in_another_order(refused):
             (
                 TEXT,
                 ["--feature_weight=1", f"--teacher_model_name_or_path={{world}}/{name}"],
-                rf"--feature_weight: layers and width \(2, 16\) and {size} cannot be compared, got '.*/{name}'; .*",
+                rf"--feature_weight: hidden states of 2 layers of 16 and {size} cannot be compared, got .*/{name}'.*",
             )
-            for name, size in (("wide", r"\(2, 32\)"), ("deep", r"\(3, 16\)"))
+            for name, size in (("wide", "2 layers of 32"), ("deep", "3 layers of 16"))
         ),
         (
             TEXT,

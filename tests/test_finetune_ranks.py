@@ -62,6 +62,9 @@ def plan(place: Path, app: str) -> list[dict]:
         (go_on(place, app, "fsdp/step_5", "fsdp5"), True, 0),
         (go_on(place, app, "ddp/step_2", "mixed"), True, 0),
         (go_on(place, app, "fsdp/step_2", "mixed"), False, 0),
+        (words(place, app, "slim", slim_config=place / "slim.yaml", **every), False, 0),
+        (go_on(place, app, "slim/step_5", "slim5"), False, 0),
+        (words(place, app, "fsdp-slim", slim_config=place / "slim.yaml"), True, 0),
     ]
     environment = {True: FSDP2, False: {}}
     return [
@@ -79,6 +82,7 @@ def place(tmp_path_factory) -> Path:
         apps.write(folder / app / "train.jsonl", rows(ROWS))
         apps.write(folder / app / "validation.jsonl", rows(HELD_OUT, seed=1))
         apps.save_model(folder / app / "bert", app, **DROPOUT, **WILD)
+    (folder / "slim.yaml").write_text("{batches: 2, round_to: 4, layers: {'*embeddings*': 0}, budget: {params: 0.8}}")
     runs = [each for app in apps.APPS for each in plan(folder, app)]
     (folder / "plan.json").write_text(json.dumps(runs))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -113,11 +117,11 @@ def assert_same(one: Path, other: Path) -> None:
 
 def test_every_run_ends_as_it_should(place):
     output = (place / "output").read_text()
-    codes = [0, 0, 0, 128 + signal.SIGTERM, 0, 0, 0, 0, 2, 2]
+    codes = [0, 0, 0, 128 + signal.SIGTERM, 0, 0, 0, 0, 2, 2, 0, 0, 0]
     assert output.count(f"exit codes {codes * 2}") == 2, output
     assert output.count("2 ranks agree") == 2 * codes.count(0)  # on weights, masks, metrics and the schedule
-    assert output.count("every training row was seen") == 2 * 2
-    assert output.count("2 processes on cpu in fp32, FSDP2\n") == 2 * 3
+    assert output.count("every training row was seen") == 2 * 4
+    assert output.count("2 processes on cpu in fp32, FSDP2\n") == 2 * 4
     assert "Warning" not in output and "Traceback" not in output, output
 
 
@@ -143,6 +147,16 @@ def test_every_row_of_the_validation_set_counts_once(place, app, tmp_path):
         assert theirs == pytest.approx(summary(tmp_path / "one")[f"dense_{name}"], abs=1e-6)
     right = summary(place / app / "ddp")[f"eval_{names[0]}"] * HELD_OUT / (100 if app == "qa" else 1)
     assert right == pytest.approx(round(right), abs=1e-3)
+
+
+@BOTH
+def test_both_ranks_remove_the_same_channels(place, app):
+    dense, slim, sharded = (
+        load_file(place / app / name / "model.safetensors") for name in ("ddp", "slim", "fsdp-slim")
+    )
+    shapes = {name: value.shape for name, value in slim.items()}
+    assert shapes == {name: value.shape for name, value in sharded.items()} != {n: v.shape for n, v in dense.items()}
+    assert_same(place / app / "slim", place / app / "slim5")
 
 
 @BOTH

@@ -27,7 +27,7 @@ from transformers import (
 from apps.common.finetune import build, loop, processes, results
 from pruning_core.report import Report
 
-RECIPES = sorted((apps.ROOT / "apps/common/recipes").glob("*.yaml"))
+RECIPES = sorted(path for path in (apps.ROOT / "apps/common/recipes").glob("*.yaml") if path.stem != "slim")
 WEIGHTS = 2 * (4 * 16 * 16 + 2 * 16 * 32)  # of the linear layers of both encoder layers: what the recipes prune
 KINDS = {"text_classification": AutoModelForSequenceClassification, "qa": AutoModelForQuestionAnswering}
 HEADS = {"text_classification": "classifier.weight", "qa": "qa_outputs.weight"}

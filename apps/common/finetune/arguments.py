@@ -97,6 +97,10 @@ def add_pruning(made: Parser) -> None:
         "--cooldown_epochs", type=not_negative, help="last epochs, with fixed masks; parts count (half of all)"
     )
 
+    prune.add_argument(
+        "--slim_config", help="yaml (apps/common/recipes/slim.yaml): remove whole channels before training begins"
+    )
+
     learn = made.add_argument_group("distillation")
     learn.add_argument("--dist_loss", choices=("l2", "kl"), help="learn from the logits of a dense teacher as well")
     learn.add_argument("--teacher_model_name_or_path", default="", help="the teacher (--model_name_or_path)")
@@ -118,10 +122,10 @@ def add_training(made: Parser) -> None:
     loop = made.add_argument_group("training")
     loop.add_argument("--per_device_train_batch_size", type=count(1), help="per rank (8; 32 for the tiny random BERT)")
     loop.add_argument("--per_device_eval_batch_size", type=count(1), default=8, help="per rank (8)")
-    loop.add_argument("--learning_rate", type=positive, help="highest (5e-5; to prune 2e-4; the tiny random BERT 2e-3)")
+    loop.add_argument("--learning_rate", type=positive, help="highest (5e-5; pruned or slim 2e-4; the tiny BERT 2e-3)")
     loop.add_argument("--weight_decay", type=not_negative, default=0.0, help="not of biases and norms (0)")
     loop.add_argument("--max_grad_norm", type=positive, default=1.0, help="gradients are clipped to it (1)")
-    loop.add_argument("--num_train_epochs", type=count(1), help="(3; to prune 6; the tiny random BERT what it needs)")
+    loop.add_argument("--num_train_epochs", type=count(1), help="(3; pruned or slim 6; the tiny BERT what it needs)")
     loop.add_argument("--max_train_steps", type=count(1), help="optimizer steps, in place of --num_train_epochs")
     loop.add_argument("--gradient_accumulation_steps", type=count(1), default=1, help="batches per step (1)")
     loop.add_argument("--lr_scheduler_type", choices=SCHEDULERS, default="linear", help="(linear)")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from apps.common.arguments import leave
 from apps.common.errors import BadInput
-from apps.common.finetune import card, hub, processes, results, state
+from apps.common.finetune import card, hub, processes, results, slim, state
 from apps.common.finetune.arguments import DEFAULT_RECIPE, FEATURES, RECIPE_FLAGS, check
 from apps.common.finetune.loop import train
 from apps.common.finetune.model import (
@@ -69,11 +69,17 @@ def build(app: App, options: Namespace, given: dict[str, Any], tokenizer: Any, r
     with ranks.together():
         if saved:
             state.check_same(saved, data.identity, accelerator)
-        parts = _parts(app, options, words, data, ranks)
+        add_defaults(options, app.epochs)
+        model, new = _model(app, options, words, data)
+    cut = slim.cut(options, saved, ranks, model, data, words)
+    with ranks.together():
+        parts = _parts(app, options, words, data, ranks, model, new)
     run = _prepared(app, options, accelerator, ranks, data, words, parts)
     with ranks.together():
         _add_pruner(run, recipe)
         _add_teacher(run, parts.teacher)
+    if cut is not None:
+        run.cut, run.trained_head = cut, False  # what is left knows less than the model did
     if saved is not None:
         with ranks.together():
             state.load(run, saved)
@@ -133,11 +139,17 @@ class _Parts(NamedTuple):
     when: Timeline
 
 
-def _parts(app: App, options: Namespace, tokenizer: PreTrainedTokenizerBase, data: Data, ranks: Ranks) -> _Parts:
+def _parts(
+    app: App,
+    options: Namespace,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    ranks: Ranks,
+    model: PreTrainedModel,
+    new: list[str],
+) -> _Parts:
     """What the run is made of, each checked against the others."""
-    add_defaults(options, app.epochs)
-    model, new = _model(app, options, tokenizer, data)
-    teacher = _teacher(app, options, model, tokenizer)
+    teacher = _teacher(app, options, model, tokenizer, data)
     for who, each in (("the model", model), ("the teacher", teacher)):
         if each is not None:
             check_length(each, tokenizer, getattr(options, app.length), f"--{app.length}", who)
@@ -150,7 +162,7 @@ def _parts(app: App, options: Namespace, tokenizer: PreTrainedTokenizerBase, dat
 
 def add_defaults(options: Namespace, epochs_of_tiny: int) -> None:
     """What was not given. Weights move further to replace what is gone; the tiny random BERT learns from nothing."""
-    defaults = DEFAULTS | (TO_PRUNE if options.do_prune else {})
+    defaults = DEFAULTS | (TO_PRUNE if options.do_prune or options.slim_config else {})
     if not options.model_name_or_path:
         defaults |= {**FROM_RANDOM, "num_train_epochs": epochs_of_tiny}
     for name, value in defaults.items():
@@ -179,21 +191,37 @@ def _model(
     return model, new
 
 
-def _teacher(app: App, options: Namespace, model: PreTrainedModel, tokenizer: Any) -> PreTrainedModel | None:
+def _teacher(
+    app: App, options: Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Data
+) -> PreTrainedModel | None:
     if not options.dist_loss:
         return None
     name = options.teacher_model_name_or_path or options.model_name_or_path
     option = "--teacher_model_name_or_path" if options.teacher_model_name_or_path else "--model_name_or_path"
     teacher = load_teacher(app.kind, name, option, model, tokenizer)
-    sizes = [(each.config.num_hidden_layers, each.config.hidden_size) for each in (model, teacher)]
+    sizes = [_hidden_sizes(each, data.example(tokenizer.model_input_names)) for each in (model, teacher)]
     if options.feature_weight is None:
         options.feature_weight = FEATURES if sizes[0] == sizes[1] else 0.0
     if options.feature_weight and sizes[0] != sizes[1]:
         do = "leave it out, or use a teacher of the student's size"
+        if options.slim_config:
+            do = 'leave it out, or keep the width with layers: {"*embeddings*": 0} in --slim_config'
         raise BadInput(
-            f"--feature_weight: layers and width {sizes[0]} and {sizes[1]} cannot be compared, got {name!r}; {do}"
+            f"--feature_weight: hidden states of {_sizes(sizes[0])} and {_sizes(sizes[1])} cannot be compared, "
+            f"got {name!r}; {do}"
         )
     return teacher
+
+
+def _hidden_sizes(model: PreTrainedModel, example: dict[str, torch.Tensor]) -> list[int]:
+    """Of a model that was cut the configuration still says the old ones."""
+    with torch.inference_mode():
+        states = model.eval()(**example, output_hidden_states=True).hidden_states
+    return [state.shape[-1] for state in states]
+
+
+def _sizes(widths: list[int]) -> str:
+    return f"{len(widths) - 1} layers of {', '.join(map(str, sorted(set(widths))))}"
 
 
 def _train_batches(options: Namespace, data: Data) -> DataLoader[Any]:

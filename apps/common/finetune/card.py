@@ -14,6 +14,7 @@ from apps.common.errors import BadInput
 from apps.common.finetune import hub
 from apps.common.finetune.arguments import SECRET
 from apps.common.finetune.run import Run
+from pruning_core.graph import structure
 from pruning_core.report import Report
 
 
@@ -25,7 +26,7 @@ def model_card(run: Run, report: Report | None) -> str:
     head: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": run.app.task,
-        "tags": ["pruning_core", *(["sparse"] if report else [])],
+        "tags": ["pruning_core", *(["sparse"] if report else []), *(["slim"] if structure(run.bare) else [])],
         "model-index": [{"name": run.options.output_dir.name, "results": [{**result, "metrics": entries}]}],
     }
     if base and not Path(base).exists():
@@ -34,6 +35,8 @@ def model_card(run: Run, report: Report | None) -> str:
     kind = "" if report is None else "A sparse "
     lines += [f"{kind}`{run.architecture}` for {run.data.name}.", ""]
     lines += _scores(run)
+    if structure(run.bare):
+        lines += ["Whole channels were removed: `import pruning_core` before `from_pretrained`.", ""]
     if report is not None:
         lines += _zeros(run, report)
     lines += ["## Made with", "", "```bash", f"python {run.options.command}", "```"]

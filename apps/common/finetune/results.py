@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from apps.common.errors import BadInput
-from apps.common.finetune import card, processes
+from apps.common.finetune import card, processes, slim
 from apps.common.finetune.arguments import public
 from apps.common.finetune.run import Run
 from apps.common.finetune.state import STATE
@@ -28,6 +28,7 @@ from apps.common.results import (
 from apps.common.run_folder import ResultsTable, check_writable, new_folder
 from apps.common.yaml_file import write_yaml
 from pruning_core.checkpoint import write_atomically
+from pruning_core.graph import structure
 
 RESULTS = "all_results.json"
 ARGUMENTS = "args.yaml"
@@ -74,6 +75,8 @@ def _write_settings(run: Run, folder: Path) -> None:
     write_yaml(folder / ARGUMENTS, public(run.options))
     if run.pruner is not None:
         write_yaml(folder / "pruning_config.yaml", run.pruner.config.to_dict())
+    if run.cut is not None:
+        slim.write(run.cut, folder)
 
 
 def introduce(run: Run, folder: Path) -> None:
@@ -87,6 +90,8 @@ def introduce(run: Run, folder: Path) -> None:
     ranks.say(f"{run.data.summary}; {run.architecture}, {parameters:,} weights; {where}{kind}")
     epochs = epochs_of(round(timeline.steps / timeline.steps_per_epoch, 2))
     ranks.say(f"{epochs} of {timeline.steps_per_epoch} optimizer steps, {timeline.steps} in all; writing {folder}")
+    if run.cut is not None:
+        ranks.say(slim.summary(run.cut))
     if run.pruner is not None:
         for group in run.pruner.groups:
             layers, start, end = len(group.weights), group.table.start, group.table.end
@@ -171,7 +176,9 @@ def finish(run: Run, table: ResultsTable, folder: Path) -> None:
         _write(folder / "README.md", card.model_card(run, report))
         print(f"\n{epochs_of(progress.epoch)} in {duration(progress.seconds)}, all in {folder}")
         print(_last_table(run, size, report.reached if report else None))
-        print(f"{folder} loads with {run.app.kind.__name__}.from_pretrained; report, curves and model card are in it")
+        first = " after `import pruning_core`" if structure(run.bare) else ""
+        loads = f"{folder} loads with {run.app.kind.__name__}.from_pretrained{first}"
+        print(f"{loads}; report, curves and model card are in it")
     if run.options.with_tracking:
         run.accelerator.end_training()
     if ranks.first and run.options.push_to_hub:
@@ -208,7 +215,7 @@ def _last_table(run: Run, size: int, zeros: float | None) -> str:
 
     if dense:
         rows.append((f"dense ({Path(run.options.model_name_or_path).name})", *figures(dense), "-", "-", "-"))
-    kind = "dense" if run.pruner is None else "sparse"
+    kind = "sparse" if run.pruner else "slim" if structure(run.bare) else "dense"
     wanted = None if run.pruner is None else asked(run.pruner)
     rows.append((kind, *figures(metrics), share(wanted), share(zeros), f"{size / 1e6:.1f} MB"))
     return text_table(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from apps.common.finetune.timeline import Timeline
 from apps.common.ranks import Ranks
 from pruning_core import Pruning, WeightPruningConfig
+from pruning_core.channels import ChannelReport
 from pruning_core.distillation import LogitDistillation
+from pruning_core.graph import Plan, Slimmed
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,20 @@ class Data:
     write: Callable[[Path], None] = lambda folder: None
     """What the app writes into the run's folder at its end, on rank 0."""
 
+    def example(self, names: Collection[str]) -> dict[str, Tensor]:
+        """The first two training rows: those of a model's inputs that have these names."""
+        rows = self.collate([self.train[i] for i in range(min(2, len(self.train)))])
+        return {name: value for name, value in rows.items() if name in names}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Channels that were removed before the first step. ``report`` is on the rank that planned."""
+
+    plan: Plan
+    done: Slimmed
+    report: ChannelReport | None
+
 
 @dataclass
 class Progress:
@@ -99,6 +115,7 @@ class Run:
     distillation: LogitDistillation | None = None
     recipe: WeightPruningConfig | None = None
     """The pruning configuration as it was given, before the app set its steps."""
+    cut: Cut | None = None
     trained_head: bool = False
     """The model could do the task before the first step: it is measured, as the figure to beat."""
     progress: Progress = field(default_factory=Progress)

@@ -61,6 +61,7 @@ def _common(run: Run) -> dict[str, Any]:
         "options": public(run.options),
         "data": run.data.identity,
         "recipe": [each.model_dump(exclude_unset=True) for each in run.recipe.pruners] if run.recipe else None,
+        "slim": run.cut.plan.to_dict() if run.cut else None,
         "scheduler": run.scheduler.state_dict(),
         "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
         "progress": dict(vars(run.progress)),

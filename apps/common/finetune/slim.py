@@ -1,0 +1,131 @@
+"""``--slim_config``: channels are removed before training begins, the same ones on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from apps.common.errors import BadInput
+from apps.common.finetune.run import Cut, Data
+from apps.common.ranks import Ranks
+from apps.common.yaml_file import read_yaml
+from pruning_core.channels import ChannelReport, plan_channels
+from pruning_core.graph import ChannelGraph, Plan, slim_
+
+OPTION = "--slim_config"
+EXAMPLE = "apps/common/recipes/slim.yaml"
+
+
+class SlimConfig(BaseModel):
+    """What the file says; ``plan_channels`` has the meaning of each, but of ``batches``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    budget: dict[str, float] = Field(default_factory=lambda: {"macs": 0.5})
+    importance: str = "taylor"
+    batches: int = Field(default=16, ge=1)
+    scope: str = "global"
+    round_to: int = 8
+    max_share: float = 0.95
+    layers: dict[str, float] = Field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: str) -> SlimConfig:
+        content = read_yaml(
+            path, option=OPTION, missing=f"see {EXAMPLE}", expected="a mapping", example=f"see {EXAMPLE}"
+        )
+        try:
+            return cls(**content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise BadInput(f"{OPTION}: {where}: {first['msg']}, got {first['input']!r}; see {EXAMPLE}") from error
+
+
+def cut(
+    options: Namespace,
+    saved: Mapping[str, Any] | None,
+    ranks: Ranks,
+    model: PreTrainedModel,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Cut | None:
+    """Rank 0 plans: a measured latency, or the last bit of a gradient, may differ from rank to rank. A run that goes on
+    is cut as it was begun."""
+    if not options.slim_config:
+        return None
+    planned: tuple[dict[str, Any] | None, ChannelReport | None] = (saved.get("slim") if saved else None, None)
+    example = data.example(tokenizer.model_input_names)
+    with ranks.together():
+        if saved is None and ranks.first:
+            planned = _planned(SlimConfig.read(options.slim_config), options, model, data, example)
+    text = ranks.from_first(planned[0])
+    with ranks.together(), _said():
+        plan = Plan.from_dict(text)
+        return Cut(plan, slim_(model.eval(), plan, example_inputs=example), planned[1])
+
+
+def _planned(
+    config: SlimConfig, options: Namespace, model: PreTrainedModel, data: Data, example: dict[str, Tensor]
+) -> tuple[dict[str, Any], ChannelReport]:
+    choice = config.model_dump(exclude={"budget", "batches"})
+    with _said():
+        graph = ChannelGraph.trace(model, example)
+        plan = plan_channels(
+            graph,
+            config.budget,
+            **choice,
+            batches=itertools.islice(_batches(options, data), config.batches),
+            to_loss=lambda model, batch: model(**batch).loss,
+            example_inputs=example,
+            seed=options.seed,
+        )
+        return plan.to_dict(), ChannelReport.of(graph, plan)
+
+
+@contextlib.contextmanager
+def _said() -> Iterator[None]:
+    """The core's one line becomes the option's."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadInput(f"{OPTION}: {error}") from error
+
+
+def _batches(options: Namespace, data: Data) -> Iterator[dict[str, Tensor]]:
+    """Shuffled as training rows are, by a generator of its own."""
+    yield from DataLoader(
+        data.train,
+        batch_size=options.per_device_train_batch_size,
+        shuffle=True,
+        collate_fn=data.collate,
+        generator=torch.Generator().manual_seed(options.seed),
+    )
+
+
+def write(cut: Cut, folder: Path) -> None:
+    """The report of the rank that planned."""
+    if cut.report is not None:
+        cut.plan.save(folder / "channel_plan.json")
+        cut.report.save_json(folder / "channel_report.json")
+        cut.report.plot(folder / "channels.png")
+
+
+def summary(cut: Cut) -> str:
+    """One line."""
+    before, after = cut.done.params_before, cut.done.params_after
+    text = f"channels removed: {before:,} -> {after:,} weights ({after / before:.1%})"
+    if cut.report is not None:
+        macs = cut.report.macs
+        text += f", {macs[1] / max(macs[0], 1):.1%} of the multiply-adds are left"
+    return text

@@ -1,0 +1,163 @@
+"""``--slim_config``: what is left trains, learns, is pruned, goes on and loads; what is wrong with the file is said."""
+
+import json
+from pathlib import Path
+
+import finetune_apps as apps
+import pytest
+import torch
+from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+
+from apps.common.finetune import results, slim
+from pruning_core.graph import Plan, structure
+from pruning_core.report import Report
+
+KINDS = {"text_classification": AutoModelForSequenceClassification, "qa": AutoModelForQuestionAnswering}
+RECIPE = apps.ROOT / slim.EXAMPLE
+BOTH = pytest.mark.parametrize("app", apps.APPS)
+TEXT = "text_classification"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("slim")
+    for app in apps.APPS:
+        rows = apps.reviews if app == TEXT else apps.questions
+        apps.write(folder / app / "train.jsonl", rows(23))
+        apps.write(folder / app / "validation.jsonl", rows(11, seed=1))
+        apps.save_model(folder / app / "bert", app, initializer_range=0.3, hidden_dropout_prob=0.1)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(results, "plot_curves", lambda *_, **__: None)
+    monkeypatch.setattr(Report, "plot", lambda *_: None)
+
+
+def words(place: Path, app: str, output: Path, *more: str, **options: object) -> list[str]:
+    start: dict[str, object] = {"model_name_or_path": place / app / "bert", "per_device_train_batch_size": 4}
+    start |= {"max_seq_length": 64, "doc_stride": 16} if app == "qa" else {"max_length": 64}
+    start |= {"slim_config": RECIPE}
+    files = place / app / "train.jsonl", place / app / "validation.jsonl"
+    return apps.arguments(*files, output, *more, **{**start, **options})
+
+
+def go_on(app: str, checkpoint: Path, output: Path) -> int:
+    return apps.main(app, [f"--resume_from_checkpoint={checkpoint}", f"--output_dir={output}"])
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "slim.yaml").write_text(text)
+    return tmp_path / "slim.yaml"
+
+
+def weights(model) -> int:
+    return sum(each.numel() for each in model.parameters())
+
+
+def test_the_example_says_every_key_and_is_the_default_but_for_its_layers():
+    config = slim.SlimConfig.read(str(RECIPE))
+    assert config.model_dump(exclude={"layers", "round_to"}) == slim.SlimConfig().model_dump(
+        exclude={"layers", "round_to"}
+    )
+    assert all(f"{key}:" in RECIPE.read_text() for key in slim.SlimConfig.model_fields if key != "max_share")
+
+
+@BOTH
+def test_what_is_left_trains_is_pruned_learns_and_loads(place, tmp_path, capsys, app):
+    out = tmp_path / "out"
+    assert apps.main(app, words(place, app, out, "--do_prune", dist_loss="kl", cooldown_epochs=0)) == 0
+    said = capsys.readouterr().out
+    assert "channels removed: " in said and "% of the multiply-adds are left" in said
+    assert "l2 of the hidden states (x2)" in said  # the width stays, so the teacher's can be compared
+    assert "after `import pruning_core`" in said and "import pruning_core" in (out / "README.md").read_text()
+    dense, small = (KINDS[app].from_pretrained(folder) for folder in (place / app / "bert", out))
+    assert weights(small) < weights(dense)
+    assert small.get_input_embeddings().weight.shape == dense.get_input_embeddings().weight.shape
+    plan, report = Plan.load(out / "channel_plan.json"), json.loads((out / "channel_report.json").read_text())
+    assert {str(axis) for axis in plan.removed} == set(structure(small)["kept"])
+    assert report["macs"][1] <= 0.5 * report["macs"][0] and report["params"] == [weights(dense), weights(small)]
+    assert (out / "channels.png").stat().st_size > 0
+    assert json.loads((out / "all_results.json").read_text())["sparsity"] > 0.7
+
+
+@BOTH
+def test_it_goes_on_to_the_bit_without_the_file(place, tmp_path, capsys, app):
+    config = written(tmp_path, "{budget: {params: 0.7}, importance: fisher, batches: 2, round_to: 1}")
+    run = words(place, app, tmp_path / "whole", slim_config=config, checkpointing_steps=2)
+    assert apps.main(app, run) == 0
+    config.unlink()
+    assert go_on(app, tmp_path / "whole/step_4", tmp_path / "on") == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "on" / name).read_bytes(), name
+    assert capsys.readouterr().out.count("channels removed: ") == 2
+
+
+def test_a_slim_model_is_cut_again_and_goes_on(place, tmp_path):
+    config = written(tmp_path, "{budget: {params: 0.8}, importance: magnitude, round_to: 1}")
+    assert apps.main(TEXT, words(place, TEXT, tmp_path / "one", slim_config=config)) == 0
+    again = {"model_name_or_path": tmp_path / "one", "checkpointing_steps": 2, "slim_config": config}
+    assert apps.main(TEXT, words(place, TEXT, tmp_path / "two", **again)) == 0
+    assert go_on(TEXT, tmp_path / "two/step_2", tmp_path / "on") == 0
+    one, two, on = (KINDS[TEXT].from_pretrained(tmp_path / name) for name in ("one", "two", "on"))
+    assert weights(two) <= 0.8 * weights(one)
+    assert all(torch.equal(value, on.state_dict()[name]) for name, value in two.state_dict().items())
+
+
+def test_a_cut_model_has_a_cut_models_defaults(place, tmp_path):
+    from apps.common.finetune.build import TO_PRUNE, add_defaults
+
+    parsed = apps.parsed(TEXT, [f"--slim_config={RECIPE}", "--model_name_or_path=x"])
+    add_defaults(parsed, 6)
+    assert {name: getattr(parsed, name) for name in TO_PRUNE} == TO_PRUNE
+
+
+# ---- what is wrong --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "--slim_config: no such file, got '{}'; see apps/common/recipes/slim.yaml"),
+        ("[", "--slim_config: not a yaml file"),
+        ("- macs", "--slim_config: must hold a mapping, got '{}'; see apps/common/recipes/slim.yaml"),
+        ("{budgets: {macs: 0.5}}", "--slim_config: budgets: Extra inputs are not permitted, got {{'macs': 0.5}}; see"),
+        ("{budget: half}", "--slim_config: budget: Input should be a valid dictionary, got 'half'; see"),
+        ("{batches: 0}", "--slim_config: batches: Input should be greater than or equal to 1, got 0; see"),
+        ("{budget: {flops: 0.5}}", "--slim_config: budget: is one of channels, params, macs, latency, got {{'f"),
+        ("{budget: {macs: 1.5}}", "--slim_config: budget: is the share that is left, above 0 and at most 1, got 1.5"),
+        ("{budget: {macs: 0.001}, layers: {'*embeddings*': 0}}", "budget: cannot be met, got macs 0.001; from 0."),
+        ("{importance: tailor}", "--slim_config: unknown importance, got 'tailor'; did you mean 'taylor'?"),
+        ("{scope: all}", "--slim_config: scope: is global or local, got 'all'; choose one"),
+        ("{layers: {'*stem*': 0}}", "--slim_config: layers: matches no parameter with channels that can go, got"),
+    ],
+)  # fmt: skip
+def test_one_line_and_nothing_is_written(place, tmp_path, capsys, text, said):
+    path = tmp_path / "slim.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert apps.main(TEXT, words(place, TEXT, tmp_path / "out", slim_config=path)) == 2
+    error = capsys.readouterr().err
+    assert said.format(path) in error and len(error.strip().splitlines()) == 1, error
+    assert not (tmp_path / "out").exists()
+
+
+def test_hidden_states_of_another_width_are_not_compared(place, tmp_path, capsys):
+    config = written(tmp_path, "{budget: {params: 0.5}, importance: magnitude, round_to: 1, scope: local}")
+    more = {"slim_config": config, "dist_loss": "kl"}
+    assert apps.main(TEXT, words(place, TEXT, tmp_path / "out", **more)) == 0
+    assert "kl of the logits, 50%" in capsys.readouterr().out
+    assert apps.main(TEXT, words(place, TEXT, tmp_path / "no", feature_weight=1, **more)) == 2
+    error = capsys.readouterr().err
+    assert (
+        "--feature_weight: hidden states of 2 layers of " in error and " and 2 layers of 16 cannot be compared" in error
+    )
+    assert 'or keep the width with layers: {"*embeddings*": 0} in --slim_config' in error
+
+
+def test_a_run_goes_on_with_the_cut_that_it_was_begun_with(place, tmp_path, capsys):
+    assert apps.main(TEXT, words(place, TEXT, tmp_path / "run", checkpointing_steps=2)) == 0
+    other = written(tmp_path, "{}")
+    assert apps.main(TEXT, [f"--resume_from_checkpoint={tmp_path / 'run/step_2'}", f"--slim_config={other}"]) == 2
+    assert "--slim_config: this run was begun with" in capsys.readouterr().err
