@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pruning_core.graph import ChannelGraph, GraphError, slim_
+from pruning_core.graph import ChannelGraph, GraphError, apply_structure, slim_, structure
 
 
 class Block(nn.Module):
@@ -105,3 +105,70 @@ def test_channels_whose_number_is_computed_with_stay_and_others_go():
     assert len(why) == 1 and "a cut gives other outputs" in why.pop()
     slim_(model, graph.plan({"second.weight:0": [1, 3]}), example_inputs=torch.randn(2, 8))
     assert model.second.out_features == 6
+
+
+# ---- sizes that no code reads ---------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Eight channels in four heads; as many modules do, it keeps sizes that its code does not read."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(12, 8) for _ in range(3))
+        self.out = nn.Linear(8, 12)
+        self.num_attention_heads, self.attention_head_size, self.all_head_size = 4, 2, 8
+        self.num_key_value_heads, self.hidden_size, self.max_position_embeddings, self.window = 4, 12, 8, 12
+
+    def forward(self, x):
+        q, k, v = (f(x).view(*x.shape[:2], -1, self.attention_head_size).transpose(1, 2) for f in self.three())
+        x = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.out(x.reshape(*x.shape[:2], -1))
+
+    def three(self):
+        return self.query, self.key, self.value
+
+
+class Encoder(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.stem, self.attention, self.head = nn.Linear(5, 12), attention, nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.head(self.attention(self.stem(x)))
+
+
+def cut_encoder(attention, heads=(1,), width=(0, 1, 2, 3)):
+    model, example = Encoder(attention), torch.randn(2, 6, 5)
+    graph = ChannelGraph.trace(model, example)
+    removed = {name: heads if len(group) == 4 else width for name, group in graph.groups.items()}
+    slim_(model, graph.plan(removed), example_inputs=example)
+    return model
+
+
+def test_sizes_with_usual_names_follow_and_others_stay():
+    model = cut_encoder(Attention())
+    found = {name: value for name, value in vars(model.attention).items() if type(value) is int}
+    assert found == {
+        **{"num_attention_heads": 3, "attention_head_size": 2, "all_head_size": 6, "num_key_value_heads": 3},
+        **{"hidden_size": 8, "max_position_embeddings": 8, "window": 12},
+    }
+    fresh = Encoder(Attention())
+    apply_structure(fresh, structure(model))
+    assert vars(fresh.attention)["hidden_size"] == 8 and fresh.attention.num_attention_heads == 3
+
+
+def test_a_size_that_is_computed_with_stays_and_the_others_follow():
+    class Scaling(Attention):
+        def forward(self, x):
+            return super().forward(x) / torch.tensor(float(self.hidden_size))
+
+    model = cut_encoder(Scaling())
+    assert model.attention.hidden_size == 12
+    assert model.attention.num_attention_heads == 3 and model.attention.all_head_size == 6
+
+
+def test_without_a_cut_of_heads_or_width_their_sizes_stay():
+    assert cut_encoder(Attention(), heads=()).attention.num_attention_heads == 4
+    model = cut_encoder(Attention(), width=())
+    assert model.attention.hidden_size == 12 and model.attention.all_head_size == 6

@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pruning_core.graph.attributes import Attributes, upwards_from
 from pruning_core.graph.labels import holds_any, stored, words
 from pruning_core.graph.masked import MaskedRun
+from pruning_core.graph.plan import Plan
 from pruning_core.graph.recorder import UNSTEADY, Numbers, Step, Where, numbers_of, shapes_of
 from pruning_core.graph.tracing import GraphError, Inputs, untouched
+from pruning_core.graph.usual_names import usual
 
 SIZED = frozenset(
     words(
@@ -41,8 +43,8 @@ class Parted(Exception):  # noqa: N818 - it ends a run, it is no error by itself
     """The cut model does something else than the dense one did."""
 
 
-class Beside(TorchDispatchMode):
-    """Runs a cut model and compares every shape with what is left of the dense model's."""
+class Compare(TorchDispatchMode):
+    """Compares every shape of a cut model with what is left of the dense model's."""
 
     def __init__(self, trace: MaskedRun) -> None:
         super().__init__()
@@ -105,42 +107,94 @@ def left(labels: Tensor, dead: Tensor) -> tuple[int, ...] | None:
     return tuple(shape) if int(alive.sum()) == int(torch.tensor(known or [1]).prod()) else None
 
 
-def fit(
-    model: nn.Module, attributes: Attributes, trace: MaskedRun, example: Inputs, accept: Callable[[Any], float]
-) -> float:
-    """Runs the cut model; while it stumbles over a size, changes the attribute that says it. What ``accept`` says of
-    its output; it raises where the output is wrong."""
+@dataclass(frozen=True)
+class Beside:
+    """A cut model, what the dense one did, and ``accept``: how far an output is from the one that is wanted; raises
+    where it is too far."""
+
+    model: nn.Module
+    trace: MaskedRun
+    example: Inputs
+    accept: Callable[[Any], float]
+
+    def run(self) -> Run:
+        args, kwargs = self.example
+        where, compare = Where(self.model), Compare(self.trace)
+        try:
+            with untouched(self.model), torch.inference_mode(), compare:
+                output = self.model(*args, **kwargs)
+            return Run(compare.at, "", None, output)
+        except Exception as error:
+            return Run(compare.at, where.now, error, None)
+        finally:
+            where.remove()
+
+    def holds(self) -> bool:
+        run = self.run()
+        try:
+            return run.error is None and self.accept(run.output) >= 0
+        except GraphError:
+            return False
+
+
+@dataclass(frozen=True)
+class Run:
+    """How far a cut model came beside the dense one."""
+
+    at: int
+    where: str
+    error: Exception | None
+    output: Any
+
+
+def fit(attributes: Attributes, beside: Beside) -> float:
+    """Runs the cut model; while it stumbles over a size, changes the attribute that says it. How far its output is
+    from the one that is wanted."""
     mark = attributes.mark()
-    quick = Fit(model, attributes, trace, example, alike=True)
+    quick = Fit(attributes, beside, alike=True)
     try:
-        return accept(quick.run())
+        return beside.accept(quick.run())
     except GraphError:
         if not quick.guessed:
             raise
     attributes.back_to(mark)
-    return accept(Fit(model, attributes, trace, example, alike=False).run())
+    return beside.accept(Fit(attributes, beside, alike=False).run())
+
+
+def follow_names(attributes: Attributes, beside: Beside, plan: Plan) -> None:
+    """Sets sizes that no code reads. Where some does after all, and fails or gives something else, they stay."""
+    wanted = list(usual(beside.model, plan, attributes.changed))
+    every = {name for _, name, _ in wanted}
+    for names in ([every] if wanted else []) + [{name} for name in sorted(every)]:
+        mark = attributes.mark()
+        for path, name, value in wanted:
+            if name in names:
+                attributes.set(path, name, value)
+        if beside.holds():
+            if names == every:
+                return
+        else:
+            attributes.back_to(mark)
 
 
 class Fit:
     """With ``alike``, what helps in one module is done at the same place of all others of its class too: a model of
     many equal blocks is run a few times and not once for each of them."""
 
-    def __init__(
-        self, model: nn.Module, attributes: Attributes, trace: MaskedRun, example: Inputs, *, alike: bool
-    ) -> None:
-        self.model, self.attributes, self.trace, self.example = model, attributes, trace, example
+    def __init__(self, attributes: Attributes, beside: Beside, *, alike: bool) -> None:
+        self.attributes, self.beside, self.trace = attributes, beside, beside.trace
         self.guessed = False
         self._places: dict[int, tuple[Any, ...]] = {}
         self._at: dict[tuple[Any, ...], list[Step]] = defaultdict(list)
         counts: dict[str, int] = defaultdict(int)
-        for step in trace.steps if alike else []:
+        for step in self.trace.steps if alike else []:
             place = (type(attributes.modules[step.where]), counts[step.where], step.name)
             counts[step.where] += 1
             self._places[id(step)] = place
             self._at[place].append(step)
 
     def run(self) -> Any:
-        run = Run.of(self.model, self.trace, self.example)
+        run = self.beside.run()
         while run.error is not None:
             step = self.trace.steps[min(run.at, len(self.trace.steps) - 1)]
             better = self._mended(step, run)
@@ -159,7 +213,7 @@ class Fit:
             mark = self.attributes.mark()
             for path, name, value in changes:
                 self.attributes.set(path, name, value)
-            now = Run.of(self.model, self.trace, self.example)
+            now = self.beside.run()
             if now.error is None or now.at > run.at:
                 return now
             self.attributes.back_to(mark)
@@ -192,29 +246,6 @@ class Fit:
                     found[there] = (there, name, self.attributes.candidates(there, name, old, sizes)[which])
                     break
         return list(found.values())
-
-
-@dataclass(frozen=True)
-class Run:
-    """How far a cut model came beside the dense one."""
-
-    at: int
-    where: str
-    error: Exception | None
-    output: Any
-
-    @classmethod
-    def of(cls, model: nn.Module, trace: MaskedRun, example: Inputs) -> Run:
-        args, kwargs = example
-        where, beside = Where(model), Beside(trace)
-        try:
-            with untouched(model), torch.inference_mode(), beside:
-                output = model(*args, **kwargs)
-            return cls(beside.at, "", None, output)
-        except Exception as error:
-            return cls(beside.at, where.now, error, None)
-        finally:
-            where.remove()
 
 
 def demands(step: Step, dead: Tensor) -> dict[int, int]:

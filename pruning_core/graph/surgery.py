@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from pruning_core.graph.attributes import Attributes
 from pruning_core.graph.cutting import cut_optimizer, cut_parameters, put
-from pruning_core.graph.fitting import fit, left
+from pruning_core.graph.fitting import Beside, fit, follow_names, left
 from pruning_core.graph.masked import MaskedRun, masked_run
 from pruning_core.graph.plan import Plan, named_tensors
 from pruning_core.graph.structure import remember
@@ -71,7 +71,9 @@ def slim_(
         cut_parameters(model, plan)
         attributes = Attributes(model)
         attributes.follow_parameters()
-        difference = fit(model, attributes, trace, example, lambda got: _compare(reference, leaves(got), trace.dtypes))
+        beside = Beside(model, trace, example, lambda got: _compare(reference, leaves(got), trace.dtypes))
+        difference = fit(attributes, beside)
+        follow_names(attributes, beside, plan)
         for each in copies:
             cut_parameters(each, plan)
             attributes.apply_to(each)

@@ -1,0 +1,76 @@
+"""Sizes that no code reads while the model runs, but people and libraries do: known by the names they usually have."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from pruning_core.graph.labels import Axis, words
+from pruning_core.graph.modules import widths
+from pruning_core.graph.plan import Plan
+
+HEADS = frozenset(words("num_heads num_attention_heads n_heads n_head"))
+KEY_HEADS = frozenset(["num_key_value_heads"])
+HEAD_SIZES = frozenset(words("head_dim attention_head_size key_value_proj_dim"))
+INNER = frozenset(words("all_head_size inner_dim"))
+WIDTHS = frozenset(
+    words(
+        "hidden_size embed_dim d_model dim hidden_dim intermediate_size intermediate_dim ffn_dim num_features nx "
+        "in_conv_dim out_conv_dim"
+    )
+)
+QUERY, KEY = ("q", "c_attn", "in_proj"), ("k",)
+
+
+class Size(NamedTuple):
+    """One axis of a weight of a module or of its child: what it was and is."""
+
+    child: str
+    read: bool
+    old: int
+    new: int
+
+
+def usual(model: nn.Module, plan: Plan, changed: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, int]]:
+    """Attributes to set, in modules other than PyTorch's own, where one new value is possible and none was found."""
+    near = _sizes(model, plan)
+    for path, module in model.named_modules():
+        known = changed.get(path, {})
+        if widths(module) or not near[path]:
+            continue
+        for name, value in vars(module).items():
+            if type(value) is int and name not in known:
+                found = _values(name, value, near[path], bool(known.keys() & HEAD_SIZES))
+                if len(found) == 1 and found != {value}:
+                    yield path, name, found.pop()
+
+
+def _sizes(model: nn.Module, plan: Plan) -> dict[str, list[Size]]:
+    found: dict[str, list[Size]] = defaultdict(list)
+    for name, tensor in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        parent, _, child = owner.rpartition(".")
+        for dim, new in enumerate(tensor.shape):
+            axis = Axis(name, dim)
+            size = Size("", axis in plan.consumers, plan.sizes.get(axis, new), new)
+            found[owner].append(size)
+            if owner:
+                found[parent].append(size._replace(child=child))
+    return found
+
+
+def _values(name: str, value: int, near: list[Size], other_heads: bool) -> set[int]:
+    """Of an attention module the query says most: what it reads is the width, what it gives are the heads."""
+    query = [size for size in near if size.child.startswith(QUERY)]
+    heads = [size for size in near if size.child.startswith(KEY if name in KEY_HEADS else QUERY)]
+    given = [size for size in heads if not size.read and size.new != size.old]
+    if name in HEADS | KEY_HEADS and not other_heads:
+        return {value * new // old for _, _, old, new in given if value * new % old == 0}
+    if name in INNER:
+        return {new for _, _, old, new in given if old == value}
+    if name in WIDTHS:
+        return {new for _, read, old, new in query or near if old == value and (read or not query)}
+    return set()
