@@ -51,7 +51,7 @@ def test_cut_trained_on_resumed_and_packed(trained, shapes, tmp_path, capsys):
     after = adapter.load_model(tmp_path / "on/weights/last.pt", "path")
     assert structure(after) == structure(cut)
     assert sum(each.numel() for each in after.parameters()) == sizes[0]
-    capsys.readouterr()
+    assert "\nslim (best.pt) " in capsys.readouterr().out
 
     best = tmp_path / "on/weights/best.pt"
     assert export.main(export.parser().parse_args([str(best)])) == 0

@@ -39,6 +39,7 @@ from apps.yolov5.data_set import to_device
 from apps.yolov5.resume import RESUME, state_of
 from apps.yolov5.run import Run
 from pruning_core import checkpoint
+from pruning_core.graph import structure
 
 
 def main(options: Namespace, given: dict[str, Any]) -> int:
@@ -230,7 +231,8 @@ def finish(run: Run, evaluator: adapter.Evaluator, folder: Path, table: ResultsT
         return
     rows: list[results.TableRow] = []
     if run.pruner is None:
-        rows.append((f"dense ({shipped.name})", metrics, None, None, shipped.stat().st_size))
+        kind = "slim" if structure(run.model) else "dense"
+        rows.append((f"{kind} ({shipped.name})", metrics, None, None, shipped.stat().st_size))
     else:
         if progress.dense_metrics:
             source = Path(run.options.weights)
