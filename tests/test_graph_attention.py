@@ -4,9 +4,13 @@ import math
 
 import pytest
 import torch
-from graph_reference import Case, case_maker, check, image, tokens
+import transformers
+from graph_reference import Calls, Case, case_maker, check, image, tokens
 from torch import nn
 from torch.nn import functional
+
+from pruning_core.graph import ChannelGraph, GraphError, Plan, slim_
+from pruning_core.graph.labels import Axis
 
 CASES: list[Case] = []
 case, chain = case_maker(CASES)
@@ -418,3 +422,80 @@ def lstm_given_state(m, x):
 @pytest.mark.parametrize("each", CASES, ids=str)
 def test_the_cut_model_computes_what_the_dense_one_does_with_zeroed_readers(each):
     check(each)
+
+
+@pytest.mark.parametrize("each", CASES, ids=str)
+def test_heads_lose_the_same_channels_where_that_was_asked_for(each):
+    """Sizes, predicted costs and values, as above; what cannot go stays."""
+    check(each, narrow_heads=True)
+
+
+# ---- channels of heads ----------------------------------------------------------------------------------------------
+
+
+def narrow(function, numbers, layers=attention_layers):
+    torch.manual_seed(0)
+    model = Calls(function, layers(), numbers).double()
+    return model, ChannelGraph.trace(model, tokens()(2).double(), narrow_heads=True)
+
+
+def test_with_a_given_scale_queries_keys_and_values_lose_as_many():
+    def scaled(m, x):
+        x = m.a(x)
+        q, k, v = (split_heads(each(x), m.heads, m.head_dim) for each in (m.q, m.k, m.v))
+        return m.out(joined(functional.scaled_dot_product_attention(q, k, v, scale=0.5)))
+
+    model, graph = narrow(scaled, HEADS)
+    assert {name: len(group) for name, group in graph.groups.items()} == {
+        "a.weight:0": 8,
+        "q.weight:0": 3,
+        "v.weight:0": 3,
+    }
+    assert graph.groups["q.weight:0"].slices[0] == {
+        Axis(name, 0): (0, 3, 6, 9) for name in ("q.weight", "q.bias", "k.weight", "k.bias")
+    }
+    with pytest.raises(GraphError, match="would differ in size"):
+        graph.plan({"q.weight:0": [1]})
+    slim_(model, graph.plan({"q.weight:0": [1], "v.weight:0": [2]}), example_inputs=tokens()(2).double())
+    assert (model.heads, model.head_dim, model.q.out_features, model.out.in_features) == (4, 2, 8, 8)
+
+
+def test_a_default_scale_keeps_queries_and_values_of_their_own_size_go():
+    def of_two_sizes(m, x):
+        x = m.a(x)
+        q, k, v = (split_heads(each(x), m.heads, -1) for each in (m.q, m.k, m.v))
+        return m.out(joined(functional.scaled_dot_product_attention(q, k, v)))
+
+    _, graph = narrow(of_two_sizes, {"heads": 4})
+    assert {name: len(group) for name, group in graph.groups.items()} == {"a.weight:0": 8, "v.weight:0": 3}
+    why = {reason for axis, _, reason in graph.frozen() if axis == Axis("q.weight", 0)}
+    assert why == {"attention scales by its width, at scaled_dot_product_attention in the model"}
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+def test_heads_of_a_transformer_become_narrower(kind):
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=8
+    )
+    config._attn_implementation = kind
+    torch.manual_seed(0)
+    model = transformers.BertModel(config, add_pooling_layer=False).double().eval()
+    words = torch.arange(10).view(2, 5)
+    graph = ChannelGraph.trace(model, words, narrow_heads=True)
+    plan = graph.plan({name: [0, 3] for name, group in graph.groups.items() if len(group) == 6})
+    assert slim_(model, Plan.from_dict(plan.to_dict()), example_inputs=words).difference < 1e-12
+    attention = model.encoder.layer[0].attention.self
+    assert (attention.num_attention_heads, attention.attention_head_size, attention.all_head_size) == (4, 4, 16)
+
+
+def test_a_scale_made_of_the_width_beside_the_model_is_noticed():
+    """No output shows it: random weights look everywhere alike. Its number does."""
+
+    def beside(m, x):
+        x = m.a(x)
+        q, k, v = (split_heads(each(x), m.heads, -1) for each in (m.q, m.k, m.v))
+        scores = q @ k.transpose(-2, -1) / torch.sqrt(torch.FloatTensor([q.shape[-1]]))
+        return m.out(joined((1e-7 * scores).softmax(-1) @ v))
+
+    _, graph = narrow(beside, {"heads": 4})
+    assert {name: len(group) for name, group in graph.groups.items()} == {"a.weight:0": 8, "v.weight:0": 3}

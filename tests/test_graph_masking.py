@@ -40,6 +40,24 @@ def llama():
     return LlamaForCausalLM(LlamaConfig(**config, num_attention_heads=4, num_key_value_heads=2, use_cache=False))
 
 
+class OneHead(nn.Module):
+    """Queries and keys are summed with each other: no weight reads them."""
+
+    def __init__(self, scale=1.0, heads=1):
+        super().__init__()
+        self.stem, self.out = nn.Linear(6, 24), nn.Linear(24, 3)
+        self.query, self.key, self.value = (nn.Linear(24, 24) for _ in range(3))
+        self.scale, self.heads = scale, heads
+
+    def forward(self, x):
+        x = self.stem(x).sigmoid()
+        q, k, v = (
+            f(x)[None].unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value)
+        )
+        x = nn.functional.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return self.out(x.transpose(1, 2).flatten(2)[0])
+
+
 ROWS, IMAGE = torch.randn(5, 6, dtype=torch.float64), torch.randn(2, 3, 6, 6, dtype=torch.float64)
 CASES = {
     "layer norm": (lambda: Residual(lambda: nn.LayerNorm(24)), ROWS),
@@ -50,6 +68,7 @@ CASES = {
     "four groups": (lambda: images(lambda n: nn.GroupNorm(4, n)), IMAGE),
     "groups of one": (lambda: images(lambda n: nn.GroupNorm(n, n)), IMAGE),
     "transformers' own norm": (llama, IDS),
+    "queries and keys of narrow heads": (lambda: OneHead(heads=4), ROWS),
 }
 
 
@@ -69,7 +88,12 @@ def test_masked_is_slim(case):
         assert parameter.requires_grad, name
     model.eval()
     dense = output(model, inputs).detach()
-    plan = plan_channels(ChannelGraph.trace(model, inputs), {"params": 0.5}, importance="random", scope="local")
+    plan = plan_channels(
+        ChannelGraph.trace(model, inputs, narrow_heads="narrow" in case),
+        {"params": 0.5},
+        importance="random",
+        scope="local",
+    )
     small = copy.deepcopy(model)
     slim_(small, plan, example_inputs=inputs)
 

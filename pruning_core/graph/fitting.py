@@ -16,7 +16,7 @@ from pruning_core.graph.attributes import Attributes, upwards_from
 from pruning_core.graph.labels import holds_any, stored, words
 from pruning_core.graph.masked import MaskedRun
 from pruning_core.graph.plan import Plan
-from pruning_core.graph.recorder import UNSTEADY, Numbers, Step, Where, numbers_of, shapes_of
+from pruning_core.graph.recorder import UNSTEADY, Call, Numbers, Step, Where, arguments_of, number_in, shapes_of
 from pruning_core.graph.tracing import GraphError, Inputs, untouched
 from pruning_core.graph.usual_names import usual
 
@@ -51,7 +51,8 @@ class Compare(TorchDispatchMode):
         self.trace, self.at = trace, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func.overloadpacket.__name__)
+        call = Call(func, arguments_of(func, args, kwargs or {}), "")
+        name = call.name
         if name in UNSTEADY:
             return func(*args, **(kwargs or {}))
         if self.at >= len(self.trace.steps):
@@ -59,9 +60,11 @@ class Compare(TorchDispatchMode):
         step = self.trace.steps[self.at]
         if name != step.name:
             raise Parted(f"it runs {name} where the dense model runs {step.name}")
-        numbers = numbers_of(func, args, kwargs or {})
-        if name not in SIZED and not _numbers_fit(step, numbers, self.trace.dead, torch.Tag.pointwise in func.tags):
+        pointwise = torch.Tag.pointwise in func.tags
+        if name not in SIZED and not _numbers_fit(step, call.numbers(), self.trace.dead, pointwise):
             raise Parted(f"{name} gets other numbers than the dense model's")
+        if step.constants and not _constants_fit(step, call.tensors()):
+            raise Parted(f"{name} computes with another number than the dense model does")
         result = func(*args, **(kwargs or {}))
         want = expected(step, self.trace.dead)
         for have, should in zip(shapes_of(result), want, strict=True):
@@ -78,6 +81,11 @@ def _numbers_fit(step: Step, numbers: Numbers, dead: Tensor, pointwise: bool) ->
     changes = {} if pointwise else demands(step, dead)
     pairs = zip(step.numbers, numbers, strict=True)
     return all(_near(was, now) or (type(was) is int and now == changes.get(was)) for was, now in pairs)
+
+
+def _constants_fit(step: Step, tensors: list[Tensor]) -> bool:
+    pairs = [(was, number_in(tensors[i])) for i, was in step.constants if i < len(tensors)]
+    return all(now is None or _near(was, now) for was, now in pairs)
 
 
 def _near(was: float, now: float) -> bool:

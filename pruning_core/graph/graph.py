@@ -56,11 +56,18 @@ class ChannelGraph:
 
     @classmethod
     def trace(
-        cls, model: nn.Module, example_inputs: Any, train_inputs: Any = None, *, outputs_may_shrink: bool = False
+        cls,
+        model: nn.Module,
+        example_inputs: Any,
+        train_inputs: Any = None,
+        *,
+        outputs_may_shrink: bool = False,
+        narrow_heads: bool = False,
     ) -> ChannelGraph:
-        """With ``outputs_may_shrink`` channels of outputs are not frozen; ``slim_`` must be told the same."""
+        """With ``outputs_may_shrink`` channels of outputs are not frozen; ``slim_`` must be told the same. With
+        ``narrow_heads`` attention keeps its heads and loses channels of each."""
         shrink = outputs_may_shrink
-        labels = Labels()
+        labels = Labels(narrow_heads)
         stored = Stored(labels, model)
         traces = [record(model, as_inputs(example_inputs), labels, stored, False, Recorder, shrink)]
         notes: list[str] = []
@@ -106,7 +113,7 @@ class ChannelGraph:
 
     def read_values(self, run: Callable[[nn.Module], Any]) -> np.ndarray:
         """The mean absolute value that layers read of each label while ``run(model)`` works."""
-        return mean_values(self.model, run)
+        return mean_values(self.model, run, self.labels.narrow_heads)
 
     # ---- what is left when channels go ------------------------------------------------------------------------------
 
@@ -163,6 +170,7 @@ class ChannelGraph:
             self.consumers & axes.keys(),
             self.norms,
             digest(self.model),
+            self.labels.narrow_heads,
         )
 
     def _check(self, name: str, channels: tuple[int, ...]) -> None:

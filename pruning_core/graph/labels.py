@@ -71,10 +71,11 @@ def holds_any(labels: Tensor | None) -> bool:
 
 
 class Labels:
-    """All labels of a model. ``here`` names the operation that is looked at, for the reasons."""
+    """All labels of a model. ``here`` names the operation that is looked at, for the reasons; with ``narrow_heads``
+    attention loses channels of every head, not heads."""
 
-    def __init__(self) -> None:
-        self.here = ""
+    def __init__(self, narrow_heads: bool = False) -> None:
+        self.here, self.narrow_heads = "", narrow_heads
         self.axes: dict[Axis, Tensor] = {}
         self._starts: list[int] = [0]
         self._owners: list[Axis | None] = [None]

@@ -117,7 +117,7 @@ def dead_labels(labels: Labels, plan: Plan) -> Tensor:
 
 def masked_run(model: nn.Module, plan: Plan, example: Inputs) -> tuple[Any, MaskedRun]:
     """What the cut model must give on the example, and every step on the way."""
-    labels = Labels()
+    labels = Labels(plan.narrow_heads)
     known = Stored(labels, model)
     dead = dead_labels(labels, plan)
 

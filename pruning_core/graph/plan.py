@@ -21,7 +21,8 @@ FORMAT, VERSION = "pruning_core.channel_plan", 1
 
 @dataclass(frozen=True)
 class Plan:
-    """Which indices of which axes go. ``consumers`` read what is removed; ``norms`` take statistics over it."""
+    """Which indices of which axes go. ``consumers`` read what is removed; ``norms`` take statistics over it;
+    ``narrow_heads`` says how the graph looked at attention."""
 
     sizes: dict[Axis, int]
     removed: dict[Axis, tuple[int, ...]]
@@ -29,6 +30,7 @@ class Plan:
     consumers: frozenset[Axis] = frozenset()
     norms: frozenset[str] = frozenset()
     model: str = ""
+    narrow_heads: bool = False
 
     def kept(self, axis: Axis) -> list[int]:
         gone = set(self.removed.get(axis, ()))
@@ -46,6 +48,7 @@ class Plan:
             "channels": {name: ranges(at) for name, at in sorted(self.channels.items())},
             "consumers": sorted(map(str, self.consumers)),
             "norms": sorted(self.norms),
+            "narrow_heads": self.narrow_heads,
         }
 
     @classmethod
@@ -65,6 +68,7 @@ class Plan:
                 frozenset(Axis.parse(name) for name in data["consumers"]),
                 frozenset(data["norms"]),
                 str(data["model"]),
+                bool(data.get("narrow_heads", False)),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise GraphError(f"plan: is damaged, got {type(error).__name__}: {error}; make it again") from error

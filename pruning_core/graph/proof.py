@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import cycle
 from typing import Protocol
@@ -11,15 +12,18 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from pruning_core.graph.balance import Balances
 from pruning_core.graph.fitting import CannotFollowError
 from pruning_core.graph.groups import Group
-from pruning_core.graph.labels import Labels, varies
+from pruning_core.graph.labels import Labels, compact, holds_any, stored, varies, varying
 from pruning_core.graph.plan import Plan
 from pruning_core.graph.recorder import Recorder, Step
 from pruning_core.graph.surgery import slim_
 from pruning_core.graph.tracing import GraphError, Inputs
 
 ROUNDS = 12
+Kind = tuple[type, str, tuple[int, ...]]
+Alike = list[tuple[Recorder, Step]]
 TRIALS = ((1, 2, 3), (3, 1, 2))
 
 
@@ -30,6 +34,8 @@ class Provable(Protocol):
     labels: Labels
     groups: dict[str, Group]
     outputs_may_shrink: bool
+    balances: Balances
+    where: dict[int, tuple[str, int]]
 
     def solve(self, traces: list[Recorder]) -> None: ...
     def restored(self, removed: Mapping[str, Iterable[int]]) -> dict[str, list[int]]: ...
@@ -37,9 +43,10 @@ class Provable(Protocol):
 
 
 def prove(graph: Provable, traces: list[Recorder], example: Inputs) -> None:
-    """Cuts every group of a copy, twice. Where the copy's code gets a width from its input's, both widths are kept
-    equal; where even that does not help, or where it computes something else, the channels stay."""
-    tried: set[tuple[type, str, tuple[int, ...]]] = set()
+    """Cuts every group of a copy, twice. Where the copy's code does not follow, one size may serve several tensors: the
+    heads of query, key and value, or what comes into a module and what is made of it; they are kept equal. Where even
+    that does not help, or where the copy computes something else, the channels stay."""
+    tried: Counter[Kind] = Counter()
     last = ""
     for _ in range(ROUNDS):
         try:
@@ -48,12 +55,14 @@ def prove(graph: Provable, traces: list[Recorder], example: Inputs) -> None:
             return
         except CannotFollowError as error:
             kind, last = _kind(graph, error.step), str(error)
-            again = kind in tried
-            tried.add(kind)
-            for trace in traces:
-                for step in trace.steps:
-                    if _kind(graph, step) == kind:
-                        _bind(graph, trace, step, again, last)
+            alike = [(trace, step) for trace in traces for step in trace.steps if _kind(graph, step) == kind]
+            for remedy in (REMEDIES if graph.labels.narrow_heads else REMEDIES[1:])[tried[kind] :]:
+                tried[kind] += 1
+                if remedy(graph, alike, last):
+                    break
+            else:
+                if not _keep_wrong(graph, example):
+                    break
         except GraphError as error:
             last = str(error)
             if not _keep_wrong(graph, example):
@@ -70,9 +79,10 @@ def _cut(graph: Provable, removed: Mapping[str, Iterable[int]], example: Inputs)
 def _keep_wrong(graph: Provable, example: Inputs) -> bool:
     """Freezes the groups that alone make the model compute something else; whether there are any."""
     found = False
-    for name, removed in _trial(graph, TRIALS[0]).items():
+    halves = _trial(graph, (2,))
+    for name in halves:
         try:
-            _cut(graph, {name: removed}, example)
+            _cut(graph, {each: halves[each] for each in _balanced_with(graph, name)}, example)
         except GraphError as error:
             found = True
             graph.labels.here = ""
@@ -81,6 +91,12 @@ def _keep_wrong(graph: Provable, example: Inputs) -> bool:
                     why = f"a cut gives other outputs ({str(error).partition(';')[0]})"
                     graph.labels.freeze(graph.labels.axes[axis][list(at)], why)
     return found
+
+
+def _balanced_with(graph: Provable, name: str) -> set[str]:
+    """A group, and those that must lose as many channels."""
+    pairs = {i for unit in graph.groups[name].members for i in graph.balances.of_unit.get(unit, [])}
+    return {name, *(graph.where[unit][0] for i in pairs for unit in graph.balances.weights[i])}
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -99,23 +115,58 @@ def _trial(graph: Provable, quarters: tuple[int, ...]) -> dict[str, list[int]]:
     }
 
 
-def _kind(graph: Provable, step: Step) -> tuple[type, str, tuple[int, ...]]:
+def _kind(graph: Provable, step: Step) -> Kind:
     """The same operation in modules of the same class."""
     module = graph.model.get_submodule(step.where)
     return type(module), step.name, tuple(len(shape) for shape in step.shapes)
 
 
-def _bind(graph: Provable, trace: Recorder, step: Step, again: bool, why: str) -> None:
-    labels = [shadow for _, shadow in step.tensors if isinstance(shadow, Tensor)]
-    source = trace.inputs.get(step.where)
-    pairs = [_width(each, source) for each in labels] if source is not None and not again else []
-    found = [pair for pair in pairs if pair is not None]
-    for inner, outer in found[:1]:
-        graph.labels.balance(inner, outer)
-    if not found:
-        graph.labels.here = step.where or "the model"
-        for each in labels:
-            graph.labels.freeze(each, f"its code does not follow ({why[:120]})")
+def _equal_in_module(graph: Provable, alike: Alike, why: str) -> bool:
+    """Query, key and value are split into heads of one size."""
+    first: dict[tuple[int, str], Tensor] = {}
+    found = False
+    for trace, step in alike:
+        for labels in _labels(step)[-1:]:
+            made = compact(labels)
+            other = first.setdefault((id(trace), step.where), made)
+            if other is not made and other.shape == made.shape and varying(other) and varying(made):
+                graph.labels.balance(*(stored(each)[0].reshape(-1) for each in (other, made)))
+                found = True
+    return found
+
+
+def _equal_to_input(graph: Provable, alike: Alike, why: str) -> bool:
+    """A width is that of the module's input, or a multiple of it. Elsewhere the channels stay."""
+    found = False
+    for trace, step in alike:
+        source = trace.inputs.get(step.where)
+        pairs = [_width(each, source) for each in _labels(step)] if source is not None else []
+        for inner, outer in [pair for pair in pairs if pair is not None][:1]:
+            graph.labels.balance(inner, outer)
+            found = True
+            break
+        else:
+            _keep(graph, step, why)
+    return found
+
+
+def _keep_all(graph: Provable, alike: Alike, why: str) -> bool:
+    for _, step in alike:
+        _keep(graph, step, why)
+    return any(holds_any(each) for _, step in alike for each in _labels(step))
+
+
+def _keep(graph: Provable, step: Step, why: str) -> None:
+    graph.labels.here = step.where or "the model"
+    for each in _labels(step):
+        graph.labels.freeze(each, f"its code does not follow ({why[:120]})")
+
+
+def _labels(step: Step) -> list[Tensor]:
+    return [shadow for _, shadow in step.tensors if isinstance(shadow, Tensor)]
+
+
+REMEDIES = (_equal_in_module, _equal_to_input, _keep_all)
 
 
 def _width(labels: Tensor, source: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -21,6 +21,7 @@ from pruning_core.graph.shadows import AxisLabels, Shadow, Stored, as_activation
 
 Numbers = tuple[int | float, ...]
 UNSTEADY = frozenset(["contiguous"])  # runs only where a tensor is not contiguous, which a cut may change
+FRESH = frozenset(["lift_fresh", "lift_fresh_copy", "detach_"])  # a number that the code has made a tensor of
 
 
 @dataclass
@@ -58,10 +59,6 @@ def arguments_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> d
     named = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
     named.update({argument.name: value for argument, value in zip(schema, args, strict=False)})
     return {**named, **kwargs}
-
-
-def numbers_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Numbers:
-    return Call(func, arguments_of(func, args, kwargs), "").numbers()
 
 
 class Where:
@@ -103,6 +100,7 @@ class Recorder(TorchDispatchMode):
         self.labels, self.stored, self.rule_of, self.where = labels, stored, rule_of, where
         self.shadows = WeakTensorKeyDictionary()
         self.squares = WeakTensorKeyDictionary()
+        self._made = WeakTensorKeyDictionary()
         self._quiet = False
         self._buffers: dict[int, Tensor] = {}
         self.steps: list[Step] = []
@@ -124,14 +122,24 @@ class Recorder(TorchDispatchMode):
         call = Call(func, arguments_of(func, args, kwargs or {}), self.where.now)
         call.shadows = {id(each): self.shadow_of(each) for each in call.tensors()}
         self.labels.here = f"{call.name} in {call.where or 'the model'}"
+        constants = self._constants(call)
         result = self.execute(call, args, kwargs or {})
         call.result = result
         shadow = self.rule_of(call)(self, call)
         self._remember(result, shadow)
-        self.dtypes.update(leaf.dtype for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.dtypes.add(leaf.dtype)
+                if leaf.numel() == 1 and call.name not in FRESH:
+                    self._made[leaf] = True
         if call.name not in UNSTEADY:
-            self.steps.append(Step.of(call, result, shadow))
+            self.steps.append(Step.of(call, result, shadow, constants))
         return result
+
+    def _constants(self, call: Call) -> tuple[tuple[int, float], ...]:
+        """Numbers that came as tensors which no operation has made: what the code computed beside the model."""
+        found = [(i, number_in(each)) for i, each in enumerate(call.tensors()) if each not in self._made]
+        return tuple((i, number) for i, number in found if number is not None)
 
     def entered(self, path: str, tensors: list[Tensor]) -> None:
         """A module begins: the labels of its first labelled input are kept."""
@@ -210,15 +218,23 @@ class Step:
     shapes: tuple[tuple[int, ...], ...]
     shadow: Any
     tensors: tuple[tuple[tuple[int, ...], Shadow], ...]
+    constants: tuple[tuple[int, float], ...]
+    """Which of its tensors were numbers, and what they were."""
 
     @classmethod
-    def of(cls, call: Call, result: Any, shadow: Any) -> Step:
+    def of(cls, call: Call, result: Any, shadow: Any, constants: tuple[tuple[int, float], ...]) -> Step:
         given = shadow if isinstance(shadow, (tuple, list)) else [shadow]
         results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         known = [(tuple(each.shape), call.shadows[id(each)]) for each in call.tensors()]
         if len(given) == len(results):
             known += [(tuple(each.shape), of_it) for each, of_it in zip(results, given, strict=True)]
-        return cls(call.name, call.where, call.numbers(), shapes_of(result), shadow, tuple(known))
+        return cls(call.name, call.where, call.numbers(), shapes_of(result), shadow, tuple(known), constants)
+
+
+def number_in(tensor: Tensor) -> float | None:
+    if tensor.numel() != 1 or tensor.is_complex() or tensor.dtype == torch.bool:
+        return None
+    return float(tensor.detach().item())
 
 
 def shapes_of(result: Any) -> tuple[tuple[int, ...], ...]:

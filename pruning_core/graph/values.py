@@ -41,9 +41,9 @@ class ValueReader(Recorder):
         self.counts.index_add_(0, at, torch.ones_like(values))
 
 
-def mean_values(model: nn.Module, run: Callable[[nn.Module], Any]) -> np.ndarray:
+def mean_values(model: nn.Module, run: Callable[[nn.Module], Any], narrow_heads: bool) -> np.ndarray:
     """For each label the mean absolute value that is read of it; labels are numbered as ``ChannelGraph`` does."""
-    labels = Labels()
+    labels = Labels(narrow_heads)
     stored = Stored(labels, model)
     where = Where(model)
     reader = ValueReader(labels, stored, rule_of, where)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from pruning_core.graph.recorder import Call, Recorder
-from pruning_core.graph.rules import elementwise, moves, norms, products, reductions, weighted
+from pruning_core.graph.rules import attention, elementwise, moves, norms, products, reductions, weighted
 from pruning_core.graph.rules.table import RULES, Rule
 
-__all__ = ["elementwise", "moves", "norms", "products", "reductions", "rule_of", "weighted"]
+__all__ = ["attention", "elementwise", "moves", "norms", "products", "reductions", "rule_of", "weighted"]
 
 
 def rule_of(call: Call) -> Rule:

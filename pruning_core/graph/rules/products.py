@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruning_core.graph.labels import NONE, compact, holds_any, stored, varies
+from pruning_core.graph.labels import NONE, compact, holds_any, stored, varies, varying
 from pruning_core.graph.recorder import Call, Recorder
 from pruning_core.graph.rules.elementwise import Met
 from pruning_core.graph.rules.table import rule
@@ -127,20 +127,23 @@ def _activations(trace: Recorder, call: Call, left: tuple[Tensor, str], right: t
     batch = [at for at, each in enumerate(out) if each in left[1] and each in right[1]]
     together = [at for at in summed if varies(a, at) or varies(b, at)]
     heads = [at for at in batch if varies(a, at) and (varies(b, at) or not holds_any(b))]
+    whole = bool(heads) and not trace.labels.narrow_heads
+    if heads and not whole:
+        a, b = (_without_heads(trace, each, heads) for each in (a, b))
     _cost(trace, call, a, b)
     for at in together:
-        if heads:
+        if whole:
             a, b = (trace.labels.tie_along(each, at).expand(each.shape) for each in (a, b))
         elif varies(a, at) and varies(b, at):
             _matched(trace, a, b, at)
         else:
             trace.labels.freeze(a, "is summed with a tensor of fixed size")
             trace.labels.freeze(b, "is summed with a tensor of fixed size")
-    a, b = (_first(each, list(summed), together if not heads else []) for each in (a, b))
-    for at in heads:
+    a, b = (_first(each, list(summed), [] if whole else together) for each in (a, b))
+    for at in heads if whole else []:
         if varies(b, at):
             _one_head(trace, a, b, at)
-    return _given(trace, a, b, heads, shape)
+    return _given(trace, a, b, heads if whole else [], shape)
 
 
 def _cost(trace: Recorder, call: Call, a: Tensor, b: Tensor) -> None:
@@ -157,12 +160,6 @@ def _cost(trace: Recorder, call: Call, a: Tensor, b: Tensor) -> None:
     trace.cost([grid.reshape(-1)], rows=whole.numel() // grid.numel())
 
 
-def _attention_cost(trace: Recorder, call: Call, query: Tensor, value: Tensor) -> None:
-    pairs = call["query"].shape[-2] * call["key"].shape[-2] * call["query"][..., 0, 0, 0].numel()
-    for labels in (query, value):
-        trace.cost([labels.reshape(-1, *labels.shape[-3:])[0, :, 0, :].reshape(-1)], rows=pairs)
-
-
 def _matched(trace: Recorder, a: Tensor, b: Tensor, at: int) -> None:
     """A sum over channels on both sides: the same ones go on both, at all positions."""
     left, right = (each.movedim(at, -1).reshape(-1, each.shape[at]) for each in (a, b))
@@ -176,6 +173,14 @@ def _first(labels: Tensor, summed: list[int], lost: list[int]) -> Tensor:
     for at in summed:
         labels = labels.narrow(at, 0, 1)
     return labels
+
+
+def _without_heads(trace: Recorder, labels: Tensor, heads: list[int]) -> Tensor:
+    """Labels of heads as such (a bias of each): heads stay, and so do these."""
+    if set(varying(labels)) - set(heads):
+        return labels
+    trace.labels.freeze(labels, "goes with heads, which stay")
+    return torch.zeros((), dtype=torch.int32).expand(labels.shape)
 
 
 def _one_head(trace: Recorder, a: Tensor, b: Tensor, at: int) -> None:
@@ -198,59 +203,6 @@ def _given(trace: Recorder, a: Tensor, b: Tensor, heads: list[int], shape: tuple
     for each in (a, b):
         met.add(each, each if holds_any(each) else None)
     return met.labels
-
-
-@rule("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu")
-def attention(trace: Recorder, call: Call) -> Any:
-    """A head goes whole: its query, key and value; with grouped queries all that share a key."""
-    query, key, value = (trace.activation(call, name) for name in ("query", "key", "value"))
-    if query.dim() < 4:
-        return _one_head_attention(trace, call, query, key, value)
-    labels = trace.labels
-    heads, kept = query.shape[-3], value.shape[-3]
-    firsts = [_head_labels(trace, each) for each in (query, key, value)]
-    repeated = [each.repeat_interleave(heads // len(each)) for each in firsts]
-    labels.tie(repeated[0], repeated[1])
-    labels.tie(repeated[0], repeated[2])
-    _mask(trace, call, repeated[0])
-    out = value if kept == heads else value.repeat_interleave(heads // kept, dim=-3)
-    _attention_cost(trace, call, query, out)
-    return compact(out.narrow(-2, 0, 1).expand(call.result.shape))
-
-
-def _head_labels(trace: Recorder, labels: Tensor) -> Tensor:
-    by_head = labels.movedim(-3, 0).reshape(labels.shape[-3], -1)
-    return trace.labels.tie_along(by_head, 1)[:, 0]
-
-
-def _mask(trace: Recorder, call: Call, heads: Tensor) -> None:
-    """A mask of each head goes with it; one that is handed from layer to layer takes their heads along."""
-    tensor, shadow = call["attn_mask"], call.shadow("attn_mask")
-    if not isinstance(tensor, Tensor):
-        return
-    bare = shadow is None or (isinstance(shadow, Tensor) and not holds_any(shadow))
-    if bare and tensor.dim() > 2 and tensor.shape[-3] == len(heads) > 1:
-        trace.adopt(tensor, heads.view(-1, 1, 1).expand(tensor.shape))
-    elif shadow is not None:
-        mask = as_activation(trace.labels, shadow, tuple(tensor.shape), trace.activation(call, "query"))
-        if mask.dim() > 2 and mask.shape[-3] == len(heads) and varies(mask, mask.dim() - 3):
-            by_head = mask.movedim(-3, 0).reshape(len(heads), -1)
-            trace.labels.tie(by_head, heads[:, None].expand(by_head.shape))
-        else:
-            trace.freeze(shadow, "masks all heads")
-
-
-def _one_head_attention(trace: Recorder, call: Call, query: Tensor, key: Tensor, value: Tensor) -> Any:
-    """Without heads the default scale comes from the width of the query, which therefore stays."""
-    pairs = call["query"].shape[-2] * call["key"].shape[-2] * call["query"][..., 0, 0].numel()
-    for labels in (query, value):
-        trace.cost([labels.reshape(-1, labels.shape[-1])[0]], rows=pairs)
-    if call["scale"] is None:
-        trace.labels.freeze(query, "attention scales by its width")
-        trace.labels.freeze(key, "attention scales by its width")
-    else:
-        _matched(trace, query, key, query.dim() - 1)
-    return compact(value.narrow(-2, 0, 1).expand(call.result.shape))
 
 
 @rule("_grouped_mm")
