@@ -1,5 +1,7 @@
 """Sizes that modules keep as attributes: found where they are read, in few runs, and never left wrong."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -172,3 +174,15 @@ def test_without_a_cut_of_heads_or_width_their_sizes_stay():
     assert cut_encoder(Attention(), heads=()).attention.num_attention_heads == 4
     model = cut_encoder(Attention(), width=())
     assert model.attention.hidden_size == 12 and model.attention.all_head_size == 6
+
+
+@pytest.mark.parametrize("options", [{}, {"track_running_stats": True}, {"affine": True}])
+def test_an_instance_norm_knows_its_width(options):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.InstanceNorm2d(8, **options), nn.Conv2d(8, 4, 1)).eval()
+    example = torch.randn(1, 3, 6, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as errors they would stop the cut model where it has another width
+        graph = ChannelGraph.trace(model, example)
+        slim_(model, graph.plan({name: [0, 5] for name in graph.groups}), example_inputs=example)
+    assert model[1].num_features == 6
+    model(example)

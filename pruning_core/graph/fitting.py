@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruning_core.graph.attributes import Attributes, upwards_from
@@ -158,6 +159,7 @@ class Run:
 def fit(attributes: Attributes, beside: Beside) -> float:
     """Runs the cut model; while it stumbles over a size, changes the attribute that says it. How far its output is
     from the one that is wanted."""
+    _follow_inputs(attributes, beside.trace)
     mark = attributes.mark()
     quick = Fit(attributes, beside, alike=True)
     try:
@@ -167,6 +169,18 @@ def fit(attributes: Attributes, beside: Beside) -> float:
             raise
     attributes.back_to(mark)
     return beside.accept(Fit(attributes, beside, alike=False).run())
+
+
+def _follow_inputs(attributes: Attributes, trace: MaskedRun) -> None:
+    """An instance norm without weights has nothing else to say how wide it is."""
+    for step in trace.steps:
+        module = attributes.modules[step.where]
+        if step.name != "instance_norm" or not isinstance(module, _InstanceNorm) or list(module.buffers()):
+            continue
+        _, shadow = step.tensors[0]
+        shape = left(shadow, trace.dead) if isinstance(shadow, Tensor) and module.weight is None else None
+        if shape is not None and module.num_features == step.tensors[0][0][1]:
+            attributes.set(step.where, "num_features", shape[1])
 
 
 def follow_names(attributes: Attributes, beside: Beside, plan: Plan) -> None:
