@@ -61,3 +61,11 @@ def test_the_text(planned):
         "note: 2 parameters are used by nothing on these inputs and stay as they are: unused.weight, unused.bias"
         in text
     )
+
+
+def test_a_table_has_the_channels_that_it_gives_not_its_rows():
+    model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 3))
+    words = torch.arange(6)[None]
+    graph = ChannelGraph.trace(model, words)
+    table, head = ChannelReport.of(graph, graph.plan({"0.weight:1": [1, 2]})).layers
+    assert (table.channels, table.kept, table.stays) == (8, 6, 0) and head.stays == 3

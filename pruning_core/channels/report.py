@@ -110,7 +110,7 @@ class ChannelReport:
 
 
 def _layers(graph: ChannelGraph, removed: Removed) -> Iterable[LayerRow]:
-    dead = graph.dead(removed)
+    dead, free = graph.dead(removed), {axis for group in graph.groups.values() for axis in group.axes}
     why: dict[Axis, list[tuple[int, str]]] = {}
     for axis, count, reason in graph.frozen():
         why.setdefault(axis, []).append((count, reason))
@@ -118,7 +118,7 @@ def _layers(graph: ChannelGraph, removed: Removed) -> Iterable[LayerRow]:
         outputs = [axis for axis in _axes(graph, name) if axis not in graph.consumers]
         if tensor.dim() < 2 or name not in graph.parameters or not outputs:
             continue
-        axis = outputs[0]
+        axis = next((each for each in outputs if each in free), outputs[0])  # of a table not its rows
         channels = tensor.shape[axis.dim]
         kept = channels - int(dead[graph.labels.axes[axis].numpy()].sum())
         reasons = sorted(why.get(axis, []), reverse=True)
