@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -67,6 +68,19 @@ def test_every_importance_meets_every_budget(graph, importance, scope, kind):
     model = net()
     done = slim_(model, plan, example_inputs=IMAGES[:1])
     assert done.params_after == graph.params(removed)
+
+
+@pytest.mark.parametrize("kind", ["params", "macs"])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_a_real_model_meets_its_budget_within_one_percent(resnet, kind, share):
+    removed = plan_channels(resnet, {kind: share}).channels
+    left = getattr(resnet, kind)(removed) / getattr(resnet, kind)()
+    assert 0.99 * share < left <= share
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    return ChannelGraph.trace(torchvision.models.resnet18(), torch.randn(1, 3, 64, 64))
 
 
 @settings(max_examples=25, deadline=None)

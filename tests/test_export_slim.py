@@ -176,6 +176,13 @@ def test_a_folder_that_is_none(tmp_path, folder, capsys):
     assert (code, said) == (2, f"{folder}: its config names no class of transformers, got 'Mine'; use slim_ instead\n")
 
 
+def test_a_checkpoint_of_another_kind(tmp_path, capsys):
+    (tmp_path / "best.pt").touch()
+    code, said = run(capsys, "slim", tmp_path / "best.pt", "--budget", "macs=0.5")
+    do = "give a folder that save_pretrained wrote, or a YOLOv5 to apps/yolov5/slim.py"
+    assert (code, said) == (2, f"{tmp_path / 'best.pt'}: is a file; {do}\n")
+
+
 def test_a_budget_that_is_no_share(folder, capsys):
     with pytest.raises(SystemExit):
         main(["slim", str(folder), "--budget", "macs"])

@@ -18,6 +18,10 @@ def slim_folder(
     source: Path, out: Path | None, budget: dict[str, float], overwrite: bool, plot: str | None = None, **choice: Any
 ) -> str:
     """The report, and where the cut model lies; everything but its weights and config is copied."""
+    if source.is_file():
+        raise CheckpointError(
+            f"{source}: is a file; give a folder that save_pretrained wrote, or a YOLOv5 to apps/yolov5/slim.py"
+        )
     out = out or source.with_name(f"{source.name}-slim")
     check_free(out, overwrite)
     config, shards = read_folder(source)
