@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pruning_core.graph.attributes import Attributes
+from pruning_core.graph.beside import Beside, left
 from pruning_core.graph.cutting import cut_optimizer, cut_parameters, put
-from pruning_core.graph.fitting import Beside, fit, follow_names, left
+from pruning_core.graph.fitting import fit, follow_names
 from pruning_core.graph.masked import MaskedRun, masked_run
 from pruning_core.graph.plan import Plan, named_tensors
 from pruning_core.graph.structure import remember
-from pruning_core.graph.tracing import GraphError, as_inputs, leaves
+from pruning_core.graph.tracing import GraphError, Inputs, as_inputs, leaves
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
@@ -62,10 +63,7 @@ def slim_(
     for each in copies:
         plan.check(each)
     before = sum(parameter.numel() for parameter in model.parameters())
-    wanted, trace = masked_run(model, plan, example)
-    reference = [
-        kept_part(trace, leaf, leaf) if outputs_may_shrink else leaf.detach().clone() for leaf in leaves(wanted)
-    ]
+    reference, trace = _reference(model, plan, example, outputs_may_shrink)
     undo = Undo([model, *copies])
     try:
         cut_parameters(model, plan)
@@ -88,6 +86,15 @@ def slim_(
     after = sum(parameter.numel() for parameter in model.parameters())
     compared = sum(leaf.numel() for leaf in reference if leaf.is_floating_point())
     return Slimmed(before, after, difference, compared, attributes.changed)
+
+
+def _reference(
+    model: nn.Module, plan: Plan, example: Inputs, outputs_may_shrink: bool
+) -> tuple[list[Tensor], MaskedRun]:
+    """What the cut model must give."""
+    output, trace = masked_run(model, plan, example)
+    kept = [kept_part(trace, leaf, leaf) if outputs_may_shrink else leaf.detach().clone() for leaf in leaves(output)]
+    return kept, trace
 
 
 def kept_part(trace: MaskedRun, output: Tensor, value: Tensor) -> Tensor:
