@@ -1,8 +1,9 @@
 """Torch-Pruning 1.6.1 on one model of the zoo: ``python -m benchmarks.peer_torch_pruning '<case as JSON>'``.
 
 Needs ``pip install torch-pruning==1.6.1``. It gets the same model in float32, a group importance, half of the channels
-of every layer, and is told to leave the last linear or convolutional layer alone. In its favour: its trace runs the
-model with all arguments and sees only outputs that have a gradient. What it gives must run with the same shapes.
+of every layer. In its favour: it is told to leave alone each layer of which ``ChannelGraph`` finds that no channel can
+go; its trace runs the model with all arguments and sees only outputs that have a gradient. What it gives must run with
+the same shapes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from torch import Tensor, nn
 
 from benchmarks.zoo_check import SHARE, Case, batch_of_two, main, require, shapes, train_step
 from benchmarks.zoo_models import randomise_
+from pruning_core.graph import ChannelGraph
 from pruning_core.graph.tracing import leaves
+
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 class PeerCheck:
@@ -30,7 +34,7 @@ class PeerCheck:
         self.notes: list[str] = []
 
     def steps(self) -> Iterator[Callable[[], None]]:
-        yield from (self.build, self.prune, self.forward, self.train_on)
+        yield from (self.build, self.find_kept, self.prune, self.forward, self.train_on)
 
     def build(self) -> None:
         entry = self.case.entry()
@@ -45,18 +49,23 @@ class PeerCheck:
     def _params(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    def find_kept(self) -> None:
+        graph = ChannelGraph.trace(self.model, self.example)
+        free = {axis.tensor for group in graph.groups.values() for axis in group.axes if axis not in graph.consumers}
+        layers = [(name, each) for name, each in self.model.named_modules() if isinstance(each, LAYERS)]
+        self.kept = [each for name, each in layers if f"{name}.weight" not in free]
+
     def prune(self) -> None:
         import torch_pruning
 
         start = time.process_time()
-        layers = [m for m in self.model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
         args, kwargs = self.example
         pruner = torch_pruning.pruner.BasePruner(
             self.model.eval(),
             args,
             importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
             pruning_ratio=SHARE,
-            ignored_layers=layers[-1:],
+            ignored_layers=self.kept,
             forward_fn=lambda model, _: model(*args, **kwargs),
             output_transform=_with_gradient,
         )

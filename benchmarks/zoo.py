@@ -2,6 +2,7 @@
 
     python -m benchmarks.zoo [--family F ...] [--models a,b] [--seconds 600] [--csv FILE] [--float64 | --float32]
                              [--torch-pruning [beside|alone]]
+    python -m benchmarks.zoo --read FILE ...     the tables of what was measured before
 
 Each model runs in a process of its own, in one thread: traced, planned (random importance, the same share of every
 group), trained for one AdamW step, cut with that optimizer, and then checked by ``benchmarks.zoo_check``: outputs keep
@@ -110,7 +111,7 @@ def _value(name: str, form: str = "{}") -> Callable[[Row], str]:
 
 
 def _weights(row: Row) -> str:
-    return f"{row['prunable']} of {row['weights']}" if "weights" in row else ""
+    return f"{row['prunable']:.0f} of {row['weights']:.0f}" if "weights" in row else ""
 
 
 CELLS: dict[str, Callable[[Row], str]] = {
@@ -151,7 +152,7 @@ def summary(family: str, rows: list[Row]) -> list[str]:
     """How many hold everything, beside the bar, and the slowest beside its own."""
     lines = []
     if any("result" in row for row in rows):
-        good = sum(row["result"] == "ok" for row in rows)
+        good = sum(row.get("result") == "ok" for row in rows)
         lines.append(f"{family}: {good} of {len(rows)} ok (bar {BARS.get(family, len(rows))})")
         timed = [(spent, row["model"]) for row in rows if (spent := seconds(row)) is not None]
         over = [
@@ -161,7 +162,7 @@ def summary(family: str, rows: list[Row]) -> list[str]:
             slowest = "slowest trace + slim: {1} {0:.1f} CPU-s".format(*max(timed))
             lines.append(f"    {slowest}; " + (f"OVER: {', '.join(over)}" if over else "all within their bars"))
     if any("tp_result" in row for row in rows):
-        good = sum(row["tp_result"] == "ok" for row in rows)
+        good = sum(row.get("tp_result") == "ok" for row in rows)
         lines.append(f"{family}, Torch-Pruning: {good} of {len(rows)} ok")
     return lines
 
@@ -191,6 +192,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--models", default="", help="only these, separated by commas")
     parser.add_argument("--seconds", type=float, default=600, help="time limit per model and side (default 600)")
     parser.add_argument("--csv", type=Path, help="writes all columns to this file")
+    parser.add_argument(
+        "--read", type=Path, nargs="+", default=[], metavar="FILE", help="print the tables of --csv files"
+    )
     parser.add_argument("--torch-pruning", nargs="?", choices=["beside", "alone"], const="beside")
     kinds = parser.add_mutually_exclusive_group()
     for kind in ("float64", "float32"):
@@ -211,8 +215,31 @@ def cases(options: argparse.Namespace) -> list[Case]:
     return [case for case in known if not wanted or case.name in wanted]
 
 
+def read(files: list[Path]) -> list[Row]:
+    """The rows of several files, one for each model: what ours and Torch-Pruning made of it may be in two of them."""
+    rows: dict[tuple[str, str], Row] = {}
+    for path in files:
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+        for row in csv.DictReader(lines):
+            known = {name: _number(text) for name, text in row.items() if text}
+            rows.setdefault((row["family"], row["model"]), {}).update(known)
+    return list(rows.values())
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def main() -> None:
     options = arguments()
+    if options.read:
+        show(read(options.read), options.family)
+        for path in options.read:
+            print(path.read_text().partition("\n")[0])
+        return
     rows: list[Row] = []
     columns = [*COLUMNS, *(PEER_COLUMNS if options.torch_pruning else ())]
     file = options.csv.open("w", newline="") if options.csv else None
@@ -225,12 +252,16 @@ def main() -> None:
         if file:
             csv.DictWriter(file, columns, extrasaction="ignore").writerow(rows[-1])
             file.flush()
-    by_family = {family: [row for row in rows if row["family"] == family] for family in options.family}
+    show(rows, options.family)
+    print(about())
+
+
+def show(rows: list[Row], families: list[str]) -> None:
+    by_family = {family: [row for row in rows if row["family"] == family] for family in families}
     for family, found in by_family.items():
         if found:
             print(f"\n## {family}\n\n{table(found)}")
     print("\n" + "\n".join(text for family, found in by_family.items() if found for text in summary(family, found)))
-    print(about())
 
 
 if __name__ == "__main__":
