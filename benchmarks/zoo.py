@@ -44,6 +44,7 @@ COLUMNS = (
 )
 PEER_COLUMNS = ("tp_result", "tp_params_after", "tp_seconds")
 
+LONGEST = 70
 Row = dict[str, Any]
 
 
@@ -141,11 +142,11 @@ def line(row: Row) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown; columns without any text are left out."""
+    """Markdown; columns without any text are left out, long messages are cut."""
     cells = {**CELLS, **PEER_CELLS}
     known = {name: cell for name, cell in cells.items() if any(cell(row) for row in rows)}
     lines = [list(known), ["---"] * len(known), *([cell(row) for cell in known.values()] for row in rows)]
-    return "\n".join("| " + " | ".join(text.replace("|", "/") for text in each) + " |" for each in lines)
+    return "\n".join("| " + " | ".join(text.replace("|", "/")[:LONGEST] for text in each) + " |" for each in lines)
 
 
 def summary(family: str, rows: list[Row]) -> list[str]:
