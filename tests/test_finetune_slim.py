@@ -6,7 +6,12 @@ from pathlib import Path
 import finetune_apps as apps
 import pytest
 import torch
-from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BartForSequenceClassification,
+)
 
 from apps.common.finetune import results, slim
 from pruning_core.graph import Plan, structure
@@ -154,6 +159,41 @@ def test_hidden_states_of_another_width_are_not_compared(place, tmp_path, capsys
         "--feature_weight: hidden states of 2 layers of " in error and " and 2 layers of 16 cannot be compared" in error
     )
     assert 'or keep the width with layers: {"*embeddings*": 0} in --slim_config' in error
+
+
+def test_models_without_hidden_states_learn_from_logits(place, tmp_path, capsys):
+    words_of = apps.tokenizer()
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64}
+    marks = {"eos_token_id": words_of.sep_token_id, "pad_token_id": words_of.pad_token_id}
+    config = BartConfig(vocab_size=len(words_of), **sizes, **heads, **marks, id2label={0: "0", 1: "1"})
+    BartForSequenceClassification(config).save_pretrained(tmp_path / "bart")
+    words_of.save_pretrained(tmp_path / "bart")
+    more = {"model_name_or_path": tmp_path / "bart", "slim_config": None, "dist_loss": "kl"}
+    assert apps.main(TEXT, words(place, TEXT, tmp_path / "out", **more)) == 0
+    assert "kl of the logits, 50%" in capsys.readouterr().out
+    assert apps.main(TEXT, words(place, TEXT, tmp_path / "no", feature_weight=1, **more)) == 2
+    assert "hidden states of no layer and no layer cannot be compared" in capsys.readouterr().err
+
+
+def test_a_teacher_that_reads_less_is_refused_before_it_is_run(place, tmp_path, capsys):
+    apps.save_model(tmp_path / "short", TEXT, initializer_range=0.3, max_position_embeddings=6)
+    more = {"dist_loss": "kl", "slim_config": None, "teacher_model_name_or_path": tmp_path / "short"}
+    assert apps.main(TEXT, words(place, TEXT, tmp_path / "out", **more)) == 2
+    assert "--max_length: the teacher reads at most 6 tokens, got 64; lower it" in capsys.readouterr().err
+    more = {"model_name_or_path": tmp_path / "short"}
+    assert apps.main(TEXT, words(place, TEXT, tmp_path / "out", **more)) == 2
+    assert "--max_length: the model reads at most 6 tokens, got 64; lower it" in capsys.readouterr().err
+
+
+def test_files_of_a_cut_go_with_the_run(place, tmp_path):
+    out = tmp_path / "out"
+    assert apps.main(TEXT, words(place, TEXT, out, checkpointing_steps=2)) == 0
+    assert go_on(TEXT, out / "step_2", tmp_path / "on") == 0
+    plans = [(folder / "channel_plan.json").read_text() for folder in (out, tmp_path / "on")]
+    assert plans[0] == plans[1]
+    assert apps.main(TEXT, words(place, TEXT, out, "--overwrite_output_dir", slim_config=None)) == 0
+    assert not [path.name for path in out.glob("channel*")]
 
 
 def test_a_run_goes_on_with_the_cut_that_it_was_begun_with(place, tmp_path, capsys):

@@ -1,7 +1,10 @@
 """Sizes that modules keep as attributes: found where they are read, in few runs, and never left wrong."""
 
+import json
 import warnings
+from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -186,3 +189,121 @@ def test_an_instance_norm_knows_its_width(options):
         slim_(model, graph.plan({name: [0, 5] for name in graph.groups}), example_inputs=example)
     assert model[1].num_features == 6
     model(example)
+
+
+class Renamed(nn.Module):
+    """Heads of a width that is called otherwise, or of a query in two steps."""
+
+    def __init__(self, names, low=0):
+        super().__init__()
+        self.num_heads, self.d_k, self.low = 4, 2, low
+        for name in names:
+            setattr(self, name, nn.Linear(12, 8))
+        self.names, self.out = names, nn.Linear(8, 12)
+        if low:
+            self.q_down, self.q_up = nn.Linear(12, low), nn.Linear(low, 12)
+
+    def forward(self, x):
+        given = [self.q_up(self.q_down(x)) if self.low else x, x, x]
+        q, k, v = (
+            getattr(self, name)(each).view(*x.shape[:2], -1, self.d_k).transpose(1, 2)
+            for name, each in zip(self.names, given, strict=True)
+        )
+        x = nn.functional.scaled_dot_product_attention(q, k, v, scale=0.5).transpose(1, 2)
+        return self.out(x.reshape(*x.shape[:2], -1))
+
+
+def test_narrow_heads_are_as_many_as_before():
+    model, example = Encoder(Renamed(("q", "k", "v"))), torch.randn(2, 6, 5)
+    graph = ChannelGraph.trace(model, example, narrow_heads=True)
+    slim_(
+        model,
+        graph.plan({name: [0] for name, group in graph.groups.items() if len(group) == 2}),
+        example_inputs=example,
+    )
+    assert (model.attention.num_heads, model.attention.d_k, model.attention.q.out_features) == (4, 1, 4)
+
+
+def test_a_query_of_low_rank_says_nothing_of_heads():
+    model, example = Encoder(Renamed(("to_q", "to_k", "to_v"), low=8)), torch.randn(2, 6, 5)
+    graph = ChannelGraph.trace(model, example)
+    slim_(model, graph.plan({"attention.q_down.weight:0": range(4)}), example_inputs=example)
+    assert model.attention.num_heads == 4 and model.attention.q_down.out_features == 4
+
+
+def test_a_number_of_outputs_is_no_number_of_heads():
+    class Critic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_heads, self.q = 2, nn.Linear(5, 16)
+            self.heads = nn.ModuleList(nn.Linear(16, 1) for _ in range(2))
+
+        def forward(self, x):
+            x = self.q(x).relu()
+            return [self.heads[i](x) for i in range(self.num_heads)]
+
+    model, example = Critic(), torch.randn(4, 5)
+    graph = ChannelGraph.trace(model, example)
+    slim_(model, graph.plan({"q.weight:0": range(8)}), example_inputs=example)
+    assert model.num_heads == 2
+
+
+class Sized(nn.Module):
+    """Splits by sizes that are kept in some form."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.sizes, self.qkv, self.out = sizes, nn.Linear(12, 48), nn.Linear(16, 12)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, *self.split()).permute(2, 0, 3, 1, 4)
+        return x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def split(self):
+        heads = self.sizes["heads"] if isinstance(self.sizes, dict) else self.sizes[0]
+        return int(heads), -1
+
+
+Sizes = namedtuple("Sizes", "heads width")
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), [4, 4], Sizes(4, 4), torch.Size([4, 4]), (np.int64(4), np.int64(4))])
+def test_sizes_in_several_forms_follow_and_keep_their_form(sizes):
+    model = cut_encoder(Sized(sizes))
+    found = model.attention.sizes
+    assert type(found) is type(sizes) and found[0] == 3 and model.attention.qkv.out_features == 36
+    fresh = Encoder(Sized(sizes))
+    apply_structure(fresh, json.loads(json.dumps(structure(model))))
+    assert type(fresh.attention.sizes) is type(sizes) and fresh.attention.sizes == found
+
+
+def test_modules_of_one_class_at_several_depths_with_their_sizes_elsewhere():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            sizes = {"heads": 4}
+            self.num_heads, self.stem, self.head = 4, nn.Linear(5, 12), nn.Linear(12, 3)
+            self.down, self.mid = nn.ModuleList([nn.Sequential(Sized(sizes))]), Sized(sizes)
+
+        def forward(self, x):
+            return self.head(self.mid(self.down[0](self.stem(x))))
+
+    model, example = Net(), torch.randn(2, 6, 5)
+    graph = ChannelGraph.trace(model, example)
+    assert [len(group) for group in graph.groups.values()] == [12]
+    slim_(model, graph.plan({"stem.weight:0": [2, 7]}), example_inputs=example)
+    assert model.head.in_features == 10
+
+
+def test_a_power_of_two_tensors_is_traced():
+    class Powers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            slopes = torch.pow(torch.tensor(2.0), torch.arange(8.0))
+            return self.second(torch.pow(self.first(x).abs(), torch.ones(2, 1)) * slopes)
+
+    graph = ChannelGraph.trace(Powers(), torch.randn(2, 4))
+    assert "first.weight:0" in {str(axis) for axis, _, _ in graph.frozen()}

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pruning_core.channels import plan_channels
-from pruning_core.graph import ChannelGraph, GraphError, masked_, slim_
+from pruning_core.graph import ChannelGraph, GraphError, Plan, masked_, slim_
 
 IDS = torch.arange(3, 15)[None]
 
@@ -68,7 +68,6 @@ CASES = {
     "four groups": (lambda: images(lambda n: nn.GroupNorm(4, n)), IMAGE),
     "groups of one": (lambda: images(lambda n: nn.GroupNorm(n, n)), IMAGE),
     "transformers' own norm": (llama, IDS),
-    "queries and keys of narrow heads": (lambda: OneHead(heads=4), ROWS),
 }
 
 
@@ -88,12 +87,7 @@ def test_masked_is_slim(case):
         assert parameter.requires_grad, name
     model.eval()
     dense = output(model, inputs).detach()
-    plan = plan_channels(
-        ChannelGraph.trace(model, inputs, narrow_heads="narrow" in case),
-        {"params": 0.5},
-        importance="random",
-        scope="local",
-    )
+    plan = plan_channels(ChannelGraph.trace(model, inputs), {"params": 0.5}, importance="random", scope="local")
     small = copy.deepcopy(model)
     slim_(small, plan, example_inputs=inputs)
 
@@ -118,6 +112,21 @@ def test_masked_is_slim(case):
     model.eval()
     if "batch" not in case:
         assert torch.equal(output(model, inputs), dense)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_channels_that_are_multiplied_with_each_other_cannot_be_masked(heads):
+    model = OneHead(heads=heads).double()
+    graph = ChannelGraph.trace(model, ROWS, narrow_heads=True)
+    plan = Plan.from_dict(graph.plan(graph.restored({"query.weight:0": [0], "out.weight:1": [0]})).to_dict())
+    with pytest.raises(GraphError, match=r"^scaled_dot_product_attention in the model: multiplies removed channels"):
+        masked_(model, plan)
+    slim_(copy.deepcopy(model), plan, example_inputs=ROWS)
+    rest = graph.plan({"stem.weight:0": [0, 1]})
+    small, dense = copy.deepcopy(model), model
+    slim_(small, rest, example_inputs=ROWS)
+    masked_(dense, rest)
+    torch.testing.assert_close(dense(ROWS), small(ROWS))
 
 
 def test_what_cannot_be_masked():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -56,22 +57,32 @@ class Attributes:
         """Whether this attribute is this number, or several of which one is."""
         value = vars(self.modules[path]).get(name)
         if isinstance(value, (tuple, list)):
-            return bool(value) and all(type(each) is int for each in value) and old in value
-        return type(value) is int and value == old
+            return bool(value) and all(_is_number(each) for each in value) and old in value
+        return _is_number(value) and value == old
 
     def candidates(self, path: str, name: str, old: int, changes: Mapping[int, int]) -> list[Any]:
         """What an attribute may have to be; of several numbers all that change, or this one alone."""
         value = getattr(self.modules[path], name)
-        if isinstance(value, int):
+        if not isinstance(value, (tuple, list)):
             return [changes[old]]
         several = (changes, {old: changes[old]})
-        return [type(value)(each.get(number, number) for number in value) for each in several]
+        return [like(value, [each.get(int(number), int(number)) for number in value]) for each in several]
 
     def apply_to(self, model: nn.Module) -> None:
         modules = dict(model.named_modules())
         for path, values in self.changed.items():
             for name, value in values.items():
                 setattr(modules[path], name, value)
+
+
+def like(value: Any, several: list[int]) -> Any:
+    """A tuple, a named one or a list, as the value is."""
+    return getattr(type(value), "_make", type(value))(several)
+
+
+def _is_number(value: Any) -> bool:
+    """Of numpy as well."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def upwards_from(path: str) -> Iterator[str]:

@@ -41,7 +41,8 @@ class Beside:
         try:
             with untouched(self.model), torch.inference_mode(), compare:
                 output = self.model(*args, **kwargs)
-            return Run(compare.at, "", None, output)
+            short = Parted("it ends where the dense model goes on") if compare.at < len(self.trace.steps) else None
+            return Run(compare.at, "", short, output)
         except Exception as error:
             return Run(compare.at, where.now, error, None)
         finally:

@@ -133,7 +133,8 @@ class Fit:
         height = list(upwards_from(step.where)).index(path)
         found: dict[str, Change] = {}
         for other in self._at.get(self._places.get(id(step), ()), []):
-            there = [*upwards_from(other.where), path][height]
+            above = list(upwards_from(other.where))
+            there = above[height] if height < len(above) else path
             sizes = demands(other, self.trace.dead) if there != path and there not in found else {}
             for old in sizes:
                 if self.attributes.hold(there, name, old) and (not height or old in other.numbers):

@@ -45,6 +45,7 @@ class ChannelGraph:
         self.consumers = frozenset(axis for trace in traces for axis in trace.consumers)
         self.norms = frozenset(where for trace in traces for where in trace.norms)
         self._costs = traces[0].costs
+        self._products = [each for trace in traces for each in trace.products]
         self.solve(traces)
 
     def solve(self, traces: list[Recorder]) -> None:
@@ -162,6 +163,7 @@ class ChannelGraph:
             self._check(name, channels)
         if any(self.balances.off(self._units(chosen))):
             raise GraphError("plan: the pieces of a chunk or split would differ in size; make it with a planner")
+        gone = self.dead(chosen)
         axes = {axis: tuple(at.tolist()) for axis, at in removed_indices(self.groups, chosen).items()}  # type: ignore[arg-type]
         return Plan(
             {axis: len(self.labels.axes[axis]) for axis in axes},
@@ -171,6 +173,7 @@ class ChannelGraph:
             self.norms,
             digest(self.model),
             self.labels.narrow_heads,
+            frozenset(where for where, vector in self._products if bool(gone[vector.numpy()].any())),
         )
 
     def _check(self, name: str, channels: tuple[int, ...]) -> None:

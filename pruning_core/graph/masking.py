@@ -32,19 +32,23 @@ class Masked:
 
 
 def masked_(model: nn.Module, plan: Plan) -> Masked:
-    """Zeroes what makes and reads removed channels, and lets norms take their statistics over the kept ones.
+    """Zeroes what reads removed channels, and lets norms over channels take their statistics over the kept ones.
 
     Nothing becomes smaller. In evaluation mode the outputs are those of the model after ``slim_``; in training mode
     too, where no dropout draws numbers, and so are the gradients of everything that is kept.
     """
     plan.check(model)
+    if plan.multiplied:
+        where = min(plan.multiplied)
+        raise GraphError(
+            f"{where}: multiplies removed channels with each other, which masks in place cannot follow; use slim_, "
+            "which checks itself"
+        )
     modules = dict(model.named_modules())
     norms = {path: _kept(modules, path, plan) for path in sorted(plan.norms)}
-    tensors, parameters, done = named_tensors(model), dict(model.named_parameters()), Masked()
+    tensors, done = named_tensors(model), Masked()
     with torch.no_grad():
-        for axis in sorted(plan.removed, key=str):
-            if axis not in plan.consumers and axis.tensor not in parameters:
-                continue  # statistics of a norm
+        for axis in sorted(plan.consumers, key=str):
             tensor = tensors[axis.tensor]
             at = torch.tensor(plan.removed[axis], device=tensor.device)
             done.before.append((tensor, axis.dim, at, tensor.index_select(axis.dim, at).clone()))

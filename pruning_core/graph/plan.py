@@ -22,7 +22,8 @@ FORMAT, VERSION = "pruning_core.channel_plan", 1
 @dataclass(frozen=True)
 class Plan:
     """Which indices of which axes go. ``consumers`` read what is removed; ``norms`` take statistics over it;
-    ``narrow_heads`` says how the graph looked at attention."""
+    ``narrow_heads`` says how the graph looked at attention; ``multiplied`` names the operations that sum removed
+    channels of one activation times those of another."""
 
     sizes: dict[Axis, int]
     removed: dict[Axis, tuple[int, ...]]
@@ -31,6 +32,7 @@ class Plan:
     norms: frozenset[str] = frozenset()
     model: str = ""
     narrow_heads: bool = False
+    multiplied: frozenset[str] = frozenset()
 
     def kept(self, axis: Axis) -> list[int]:
         gone = set(self.removed.get(axis, ()))
@@ -49,6 +51,7 @@ class Plan:
             "consumers": sorted(map(str, self.consumers)),
             "norms": sorted(self.norms),
             "narrow_heads": self.narrow_heads,
+            "multiplied": sorted(self.multiplied),
         }
 
     @classmethod
@@ -69,6 +72,7 @@ class Plan:
                 frozenset(data["norms"]),
                 str(data["model"]),
                 bool(data.get("narrow_heads", False)),
+                frozenset(data.get("multiplied", ())),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise GraphError(f"plan: is damaged, got {type(error).__name__}: {error}; make it again") from error

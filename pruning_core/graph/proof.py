@@ -21,7 +21,7 @@ from pruning_core.graph.recorder import Recorder, Step
 from pruning_core.graph.surgery import slim_
 from pruning_core.graph.tracing import GraphError, Inputs
 
-ROUNDS = 12
+ROUNDS = 60
 Kind = tuple[type, str, tuple[int, ...]]
 Alike = list[tuple[Recorder, Step]]
 TRIALS = ((1, 2, 3), (3, 1, 2))
@@ -47,6 +47,7 @@ def prove(graph: Provable, traces: list[Recorder], example: Inputs) -> None:
     heads of query, key and value, or what comes into a module and what is made of it; they are kept equal. Where even
     that does not help, or where the copy computes something else, the channels stay."""
     tried: Counter[Kind] = Counter()
+    balanced: dict[Kind, list[tuple[Tensor, Tensor]]] = {}
     last = ""
     for _ in range(ROUNDS):
         try:
@@ -56,6 +57,9 @@ def prove(graph: Provable, traces: list[Recorder], example: Inputs) -> None:
         except CannotFollowError as error:
             kind, last = _kind(graph, error.step), str(error)
             alike = [(trace, step) for trace in traces for step in trace.steps if _kind(graph, step) == kind]
+            useless = {id(pair) for pair in balanced.pop(kind, [])}
+            graph.labels.balances = [pair for pair in graph.labels.balances if id(pair) not in useless]
+            before = len(graph.labels.balances)
             for remedy in (REMEDIES if graph.labels.narrow_heads else REMEDIES[1:])[tried[kind] :]:
                 tried[kind] += 1
                 if remedy(graph, alike, last):
@@ -63,6 +67,7 @@ def prove(graph: Provable, traces: list[Recorder], example: Inputs) -> None:
             else:
                 if not _keep_wrong(graph, example):
                     break
+            balanced[kind] = graph.labels.balances[before:]
         except GraphError as error:
             last = str(error)
             if not _keep_wrong(graph, example):

@@ -105,6 +105,7 @@ class Recorder(TorchDispatchMode):
         self._buffers: dict[int, Tensor] = {}
         self.steps: list[Step] = []
         self.costs: list[Cost] = []
+        self.products: list[tuple[str, Tensor]] = []
         self.consumers: set[Axis] = set()
         self.norms: set[str] = set()
         self.dtypes: set[torch.dtype] = set()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning_core.checkpoint import METHOD
+from pruning_core.graph.attributes import like
 from pruning_core.graph.cutting import cut_parameters
 from pruning_core.graph.labels import Axis
 from pruning_core.graph.plan import Plan, indices, ranges
@@ -71,7 +72,7 @@ def apply_structure(model: nn.Module, found: Mapping[str, Any]) -> None:
         if path not in modules:
             raise GraphError(f"structure: names a module that the model lacks, got {path!r}; build the same model")
         for name, value in values.items():
-            setattr(modules[path], name, tuple(value) if isinstance(getattr(modules[path], name), tuple) else value)
+            setattr(modules[path], name, like(getattr(modules[path], name), value) if type(value) is list else value)
     keep_structure(model, dict(found))
 
 

@@ -109,6 +109,8 @@ def kept_part(trace: MaskedRun, output: Tensor, value: Tensor) -> Tensor:
 def _compare(reference: list[Tensor], got: list[Tensor], dtypes: set[torch.dtype]) -> float:
     tolerance = max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
     worst = 0.0
+    if len(reference) != len(got):
+        raise GraphError(f"slim_: gives {len(got)} tensors, not {len(reference)}; the model was put back as it was")
     for want, have in zip(reference, got, strict=True):
         if want.shape != have.shape:
             raise GraphError(

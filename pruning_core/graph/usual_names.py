@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -22,7 +22,8 @@ WIDTHS = frozenset(
         "in_conv_dim out_conv_dim"
     )
 )
-QUERY, KEY = ("q", "c_attn", "in_proj"), ("k",)
+QUERY = frozenset(words("q q_proj q_lin query query_proj to_q wq qkv qkv_proj query_key_value c_attn in_proj"))
+KEY = frozenset(words("k k_proj k_lin key key_proj to_k wk"))
 
 
 class Size(NamedTuple):
@@ -32,6 +33,7 @@ class Size(NamedTuple):
     read: bool
     old: int
     new: int
+    removed: tuple[int, ...]
 
 
 def usual(model: nn.Module, plan: Plan, changed: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, int]]:
@@ -43,7 +45,8 @@ def usual(model: nn.Module, plan: Plan, changed: Mapping[str, Mapping[str, Any]]
             continue
         for name, value in vars(module).items():
             if type(value) is int and name not in known:
-                found = _values(name, value, near[path], bool(known.keys() & HEAD_SIZES))
+                whole = not plan.narrow_heads and not known.keys() & HEAD_SIZES
+                found = _values(name, value, near[path], whole)
                 if len(found) == 1 and found != {value}:
                     yield path, name, found.pop()
 
@@ -55,22 +58,33 @@ def _sizes(model: nn.Module, plan: Plan) -> dict[str, list[Size]]:
         parent, _, child = owner.rpartition(".")
         for dim, new in enumerate(tensor.shape):
             axis = Axis(name, dim)
-            size = Size("", axis in plan.consumers, plan.sizes.get(axis, new), new)
+            size = Size("", axis in plan.consumers, plan.sizes.get(axis, new), new, plan.removed.get(axis, ()))
             found[owner].append(size)
             if owner:
                 found[parent].append(size._replace(child=child))
     return found
 
 
-def _values(name: str, value: int, near: list[Size], other_heads: bool) -> set[int]:
+def _values(name: str, value: int, near: list[Size], whole: bool) -> set[int]:
     """Of an attention module the query says most: what it reads is the width, what it gives are the heads."""
-    query = [size for size in near if size.child.startswith(QUERY)]
-    heads = [size for size in near if size.child.startswith(KEY if name in KEY_HEADS else QUERY)]
+    query = [size for size in near if size.child in QUERY]
+    heads = [size for size in near if size.child in (KEY if name in KEY_HEADS else QUERY)]
     given = [size for size in heads if not size.read and size.new != size.old]
-    if name in HEADS | KEY_HEADS and not other_heads:
-        return {value * new // old for _, _, old, new in given if value * new % old == 0}
+    if name in HEADS | KEY_HEADS:
+        return {value * size.new // size.old for size in given if whole and _whole_heads(size, value)}
     if name in INNER:
-        return {new for _, _, old, new in given if old == value}
+        return {size.new for size in given if size.old == value}
     if name in WIDTHS:
-        return {new for _, read, old, new in query or near if old == value and (read or not query)}
+        return {size.new for size in query or near if size.old == value and (size.read or not query)}
     return set()
+
+
+def _whole_heads(size: Size, heads: int) -> bool:
+    """Of the query alone, or of query, key and value in one."""
+    for parts in (1, 3):
+        width = size.old // (parts * heads)
+        if width and size.old == width * parts * heads and size.new * heads % size.old == 0:
+            gone = Counter(index // width for index in size.removed)
+            if all(count == width for count in gone.values()):
+                return True
+    return False

@@ -71,6 +71,7 @@ def build(app: App, options: Namespace, given: dict[str, Any], tokenizer: Any, r
             state.check_same(saved, data.identity, accelerator)
         add_defaults(options, app.epochs)
         model, new = _model(app, options, words, data)
+        _check_length(app, options, model, words, "the model")
     cut = slim.cut(options, saved, ranks, model, data, words)
     with ranks.together():
         parts = _parts(app, options, words, data, ranks, model, new)
@@ -150,14 +151,15 @@ def _parts(
 ) -> _Parts:
     """What the run is made of, each checked against the others."""
     teacher = _teacher(app, options, model, tokenizer, data)
-    for who, each in (("the model", model), ("the teacher", teacher)):
-        if each is not None:
-            check_length(each, tokenizer, getattr(options, app.length), f"--{app.length}", who)
     batches = _train_batches(options, data)
     when = timeline(options, -(-len(batches) // ranks.size))
     if new and options.model_name_or_path:
         ranks.say(f"new weights, not in {options.model_name_or_path}: {', '.join(new)}")
     return _Parts(model, new, teacher, batches, when)
+
+
+def _check_length(app: App, options: Namespace, model: PreTrainedModel, tokenizer: Any, who: str) -> None:
+    check_length(model, tokenizer, getattr(options, app.length), f"--{app.length}", who)
 
 
 def add_defaults(options: Namespace, epochs_of_tiny: int) -> None:
@@ -199,10 +201,14 @@ def _teacher(
     name = options.teacher_model_name_or_path or options.model_name_or_path
     option = "--teacher_model_name_or_path" if options.teacher_model_name_or_path else "--model_name_or_path"
     teacher = load_teacher(app.kind, name, option, model, tokenizer)
+    _check_length(app, options, teacher, tokenizer, "the teacher")
+    if options.feature_weight == 0:
+        return teacher
     sizes = [_hidden_sizes(each, data.example(tokenizer.model_input_names)) for each in (model, teacher)]
+    same = sizes[0] == sizes[1] != []
     if options.feature_weight is None:
-        options.feature_weight = FEATURES if sizes[0] == sizes[1] else 0.0
-    if options.feature_weight and sizes[0] != sizes[1]:
+        options.feature_weight = FEATURES if same else 0.0
+    if options.feature_weight and not same:
         do = "leave it out, or use a teacher of the student's size"
         if options.slim_config:
             do = 'leave it out, or keep the width with layers: {"*embeddings*": 0} in --slim_config'
@@ -214,14 +220,14 @@ def _teacher(
 
 
 def _hidden_sizes(model: PreTrainedModel, example: dict[str, torch.Tensor]) -> list[int]:
-    """Of a model that was cut the configuration still says the old ones."""
+    """Of a model that was cut the configuration still says the old ones. None of a model that does not give them."""
     with torch.inference_mode():
-        states = model.eval()(**example, output_hidden_states=True).hidden_states
-    return [state.shape[-1] for state in states]
+        states = getattr(model.eval()(**example, output_hidden_states=True), "hidden_states", None)
+    return [state.shape[-1] for state in states or ()]
 
 
 def _sizes(widths: list[int]) -> str:
-    return f"{len(widths) - 1} layers of {', '.join(map(str, sorted(set(widths))))}"
+    return f"{len(widths) - 1} layers of {', '.join(map(str, sorted(set(widths))))}" if widths else "no layer"
 
 
 def _train_batches(options: Namespace, data: Data) -> DataLoader[Any]:

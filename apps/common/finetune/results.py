@@ -75,8 +75,7 @@ def _write_settings(run: Run, folder: Path) -> None:
     write_yaml(folder / ARGUMENTS, public(run.options))
     if run.pruner is not None:
         write_yaml(folder / "pruning_config.yaml", run.pruner.config.to_dict())
-    if run.cut is not None:
-        slim.write(run.cut, folder)
+    slim.write(run.cut, folder, goes_on=bool(run.options.resume_from_checkpoint))
 
 
 def introduce(run: Run, folder: Path) -> None:

@@ -24,6 +24,7 @@ from pruning_core.graph import ChannelGraph, Plan, slim_
 
 OPTION = "--slim_config"
 EXAMPLE = "apps/common/recipes/slim.yaml"
+PLAN, REPORT, PICTURE = "channel_plan.json", "channel_report.json", "channels.png"
 
 
 class SlimConfig(BaseModel):
@@ -113,12 +114,15 @@ def _batches(options: Namespace, data: Data) -> Iterator[dict[str, Tensor]]:
     )
 
 
-def write(cut: Cut, folder: Path) -> None:
-    """The report of the rank that planned."""
-    if cut.report is not None:
-        cut.plan.save(folder / "channel_plan.json")
-        cut.report.save_json(folder / "channel_report.json")
-        cut.report.plot(folder / "channels.png")
+def write(cut: Cut | None, folder: Path, *, goes_on: bool) -> None:
+    """Plan and report, in place of those of a run that is written over."""
+    for name in () if goes_on else (PLAN, REPORT, PICTURE):
+        (folder / name).unlink(missing_ok=True)
+    if cut is not None:
+        cut.plan.save(folder / PLAN)
+    if cut is not None and cut.report is not None:
+        cut.report.save_json(folder / REPORT)
+        cut.report.plot(folder / PICTURE)
 
 
 def summary(cut: Cut) -> str:

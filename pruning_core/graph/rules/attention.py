@@ -50,6 +50,7 @@ def _narrow(trace: Recorder, call: Call, query: Tensor, key: Tensor, value: Tens
         trace.labels.freeze(key, "attention scales by its width")
     else:
         trace.labels.tie(query, key)
+        trace.products.append((trace.labels.here, query))
     trace.freeze(call.shadow("attn_mask"), "masks heads, which stay")
 
 

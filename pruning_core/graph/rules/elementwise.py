@@ -73,7 +73,7 @@ def _adopt(trace: Recorder, call: Call, labels: Tensor) -> None:
 def _is_square(call: Call) -> bool:
     return (
         call.name == "square"
-        or (call.name == "pow" and call["exponent"] == 2)
+        or (call.name == "pow" and type(call["exponent"]) in (int, float) and call["exponent"] == 2)
         or (call.name == "mul" and call["self"] is call["other"])
     )
 

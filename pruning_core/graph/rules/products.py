@@ -163,7 +163,9 @@ def _cost(trace: Recorder, call: Call, a: Tensor, b: Tensor) -> None:
 def _matched(trace: Recorder, a: Tensor, b: Tensor, at: int) -> None:
     """A sum over channels on both sides: the same ones go on both, at all positions."""
     left, right = (each.movedim(at, -1).reshape(-1, each.shape[at]) for each in (a, b))
-    trace.labels.tie(trace.labels.tie_along(left, 0)[0], trace.labels.tie_along(right, 0)[0])
+    first = trace.labels.tie_along(left, 0)[0]
+    trace.labels.tie(first, trace.labels.tie_along(right, 0)[0])
+    trace.products.append((trace.labels.here, first))
 
 
 def _first(labels: Tensor, summed: list[int], lost: list[int]) -> Tensor:
