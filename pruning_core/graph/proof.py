@@ -145,13 +145,13 @@ def _equal_to_input(graph: Provable, alike: Alike, why: str) -> bool:
     found = False
     for trace, step in alike:
         source = trace.inputs.get(step.where)
-        pairs = [_width(each, source) for each in _labels(step)] if source is not None else []
-        for inner, outer in [pair for pair in pairs if pair is not None][:1]:
-            graph.labels.balance(inner, outer)
-            found = True
-            break
-        else:
+        pairs = (_width(each, source) for each in _labels(step)) if source is not None else ()
+        pair = next((pair for pair in pairs if pair is not None), None)
+        if pair is None:
             _keep(graph, step, why)
+        else:
+            graph.labels.balance(*pair)
+            found = True
     return found
 
 

@@ -151,7 +151,8 @@ def _parts(
 ) -> _Parts:
     """What the run is made of, each checked against the others."""
     teacher = _teacher(app, options, model, tokenizer, data)
-    batches = _train_batches(options, data)
+    # Its own generator: one that all share would be ahead of where a resumed run finds it.
+    batches = data.batches(options.per_device_train_batch_size, torch.Generator())
     when = timeline(options, -(-len(batches) // ranks.size))
     if new and options.model_name_or_path:
         ranks.say(f"new weights, not in {options.model_name_or_path}: {', '.join(new)}")
@@ -204,7 +205,8 @@ def _teacher(
     _check_length(app, options, teacher, tokenizer, "the teacher")
     if options.feature_weight == 0:
         return teacher
-    sizes = [_hidden_sizes(each, data.example(tokenizer.model_input_names)) for each in (model, teacher)]
+    example = data.example(tokenizer.model_input_names)
+    sizes = [_hidden_sizes(each, example) for each in (model, teacher)]
     same = sizes[0] == sizes[1] != []
     if options.feature_weight is None:
         options.feature_weight = FEATURES if same else 0.0
@@ -228,17 +230,6 @@ def _hidden_sizes(model: PreTrainedModel, example: dict[str, torch.Tensor]) -> l
 
 def _sizes(widths: list[int]) -> str:
     return f"{len(widths) - 1} layers of {', '.join(map(str, sorted(set(widths))))}" if widths else "no layer"
-
-
-def _train_batches(options: Namespace, data: Data) -> DataLoader[Any]:
-    """Shuffled by a generator of its own: one that all share would be ahead of where a resumed run finds it."""
-    return DataLoader(
-        data.train,
-        batch_size=options.per_device_train_batch_size,
-        shuffle=True,
-        collate_fn=data.collate,
-        generator=torch.Generator(),
-    )
 
 
 def _prepared(

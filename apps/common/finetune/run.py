@@ -64,6 +64,10 @@ class Data:
     write: Callable[[Path], None] = lambda folder: None
     """What the app writes into the run's folder at its end, on rank 0."""
 
+    def batches(self, size: int, generator: torch.Generator) -> DataLoader[Any]:
+        """Of training rows, shuffled by a generator of their own."""
+        return DataLoader(self.train, batch_size=size, shuffle=True, collate_fn=self.collate, generator=generator)
+
     def example(self, names: Collection[str]) -> dict[str, Tensor]:
         """The first two training rows: those of a model's inputs that have these names."""
         rows = self.collate([self.train[i] for i in range(min(2, len(self.train)))])

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apps.common.errors import BadInput
@@ -80,13 +79,15 @@ def _planned(
     config: SlimConfig, options: Namespace, model: PreTrainedModel, data: Data, example: dict[str, Tensor]
 ) -> tuple[dict[str, Any], ChannelReport]:
     choice = config.model_dump(exclude={"budget", "batches"})
+    seeded = torch.Generator().manual_seed(options.seed)
+    batches = data.batches(options.per_device_train_batch_size, seeded)
     with _said():
         graph = ChannelGraph.trace(model, example)
         plan = plan_channels(
             graph,
             config.budget,
             **choice,
-            batches=itertools.islice(_batches(options, data), config.batches),
+            batches=itertools.islice(batches, config.batches),
             to_loss=lambda model, batch: model(**batch).loss,
             example_inputs=example,
             seed=options.seed,
@@ -101,17 +102,6 @@ def _said() -> Iterator[None]:
         yield
     except ValueError as error:
         raise BadInput(f"{OPTION}: {error}") from error
-
-
-def _batches(options: Namespace, data: Data) -> Iterator[dict[str, Tensor]]:
-    """Shuffled as training rows are, by a generator of its own."""
-    yield from DataLoader(
-        data.train,
-        batch_size=options.per_device_train_batch_size,
-        shuffle=True,
-        collate_fn=data.collate,
-        generator=torch.Generator().manual_seed(options.seed),
-    )
 
 
 def write(cut: Cut | None, folder: Path, *, goes_on: bool) -> None:
