@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.measure import ONE_THREAD
@@ -149,6 +150,23 @@ def table(rows: list[Row]) -> str:
     return "\n".join("| " + " | ".join(text.replace("|", "/")[:LONGEST] for text in each) + " |" for each in lines)
 
 
+OVERVIEW = ("family", "models", "ok", "largest difference", "median CPU-s", "slowest, CPU-s", "Torch-Pruning")
+
+
+def overview(by_family: dict[str, list[Row]]) -> str:
+    """A line for each family; differences are those in float64."""
+    lines = [list(OVERVIEW), ["---"] * len(OVERVIEW)]
+    for family, rows in by_family.items():
+        timed = [(spent, row["model"]) for row in rows if (spent := seconds(row)) is not None]
+        apart = [row["difference"] for row in rows if row.get("dtype") == "float64" and "difference" in row]
+        peer = [row["tp_result"] == "ok" for row in rows if "tp_result" in row]
+        ours = [str(sum(row.get("result") == "ok" for row in rows)), f"{max(apart):.0e}"] if apart else ["", ""]
+        slowest = "{1} {0:.0f}".format(*max(timed)) if timed else ""
+        middle = f"{median(spent for spent, _ in timed):.1f}" if timed else ""
+        lines.append([family, str(len(rows)), *ours, middle, slowest, f"{sum(peer)} of {len(peer)}" if peer else ""])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def summary(family: str, rows: list[Row]) -> list[str]:
     """How many hold everything, beside the bar, and the slowest beside its own."""
     lines = []
@@ -259,10 +277,11 @@ def main() -> None:
 
 def show(rows: list[Row], families: list[str]) -> None:
     by_family = {family: [row for row in rows if row["family"] == family] for family in families}
+    by_family = {family: found for family, found in by_family.items() if found}
+    print(f"\n{overview(by_family)}")
     for family, found in by_family.items():
-        if found:
-            print(f"\n## {family}\n\n{table(found)}")
-    print("\n" + "\n".join(text for family, found in by_family.items() if found for text in summary(family, found)))
+        print(f"\n## {family}\n\n{table(found)}")
+    print("\n" + "\n".join(text for family, found in by_family.items() for text in summary(family, found)))
 
 
 if __name__ == "__main__":
