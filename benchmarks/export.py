@@ -32,9 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import MEMORY_ENVIRONMENT, ONE_THREAD, STEADY_ENVIRONMENT, cpu_seconds, peak_mib
-from pruning_core.export import export_onnx, load_sparse_into, save_sparse
-from pruning_core.export.bound import bound_bytes
-from pruning_core.export.reader import opened
+from pruning_core.export import export_onnx
+from pruning_core.sparse_format import load_sparse_into, save_sparse
+from pruning_core.sparse_format.bound import bound_bytes
+from pruning_core.sparse_format.reader import opened
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]

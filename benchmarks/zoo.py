@@ -4,7 +4,7 @@
                              [--torch-pruning [beside|alone]]
     python -m benchmarks.zoo --read FILE ...     the tables of what was measured before
 
-Each model runs in a process of its own, in one thread: traced, planned (random importance, the same share of every
+Each model runs in a process of its own, in one thread: traced, planned (random criterion, the same share of every
 group), trained for one AdamW step, cut with that optimizer, and then checked by ``benchmarks.zoo_check``: outputs keep
 their shapes, the cut model computes what the masked one does, one more training step moves the same Parameter objects,
 and a fresh dense model takes structure and weights from files and gives the same bits. All values are random; nothing

@@ -24,8 +24,8 @@ from torch.utils import _pytree as pytree
 from benchmarks.zoo_models import SEED, Entry, Example, entries, randomise_
 from pruning_core.channels.planner import plan_channels
 from pruning_core.graph import ChannelGraph, apply_structure, slim_, structure
-from pruning_core.graph.labels import Axis
-from pruning_core.graph.tracing import leaves
+from pruning_core.graph.inputs import leaves
+from pruning_core.graph.trace.labels import Axis
 
 SHARE = 0.5
 HUGE = 250_000_000
@@ -184,7 +184,7 @@ class Check:
     def plan(self) -> None:
         start = time.process_time()
         budget = {"channels": SHARE}
-        self.chosen = plan_channels(self.graph, budget, importance="random", scope="local", seed=SEED)
+        self.chosen = plan_channels(self.graph, budget, criterion="random", scope="local", seed=SEED)
         self.row["plan_s"] = time.process_time() - start
         removed = {name: list(channels) for name, channels in self.chosen.channels.items()}
         self.row.update(macs_before=self.graph.macs(), macs_after=self.graph.macs(removed))

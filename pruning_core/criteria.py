@@ -1,11 +1,14 @@
-"""What a weight is worth. Scores have the weight's shape; larger = kept. No criterion knows a pattern.
+"""What a weight contributes to the score of its unit, and how the unit finishes the sum. Larger = kept.
 
-A criterion is one class and one registry line: ``score(weight, gradient)``.
+A criterion is one class and one registry line. It serves masks and channels alike and knows neither pattern nor graph::
+
+    score(unit) = finish( sum over steps of each_step( sum over the unit of score(weight, gradient) ) )
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,19 +16,62 @@ from torch import Tensor
 from pruning_core.registry import Registry
 
 
-class Criterion(ABC):
-    """``needs_gradient``: read in the step, before the optimizer; otherwise read when the masks change.
+@dataclass(frozen=True)
+class Slices:
+    """One axis of a tensor of a model, as a criterion of whole channels sees it.
 
-    ``accumulates``: the running score ``S <- a S + b score`` over all steps up to the last mask change counts, not the
-    last step alone. ``a`` and ``b`` are the options ``momentum_decay`` and ``momentum_gain``.
+    ``reads``: the axis takes channels in, it makes none. ``norm_scale``: the tensor is the weight of a batch norm.
+    ``activations``: float64 (channels,), the mean absolute value that layers read, or None.
+    """
+
+    tensor: Tensor
+    dim: int
+    reads: bool
+    norm_scale: bool
+    activations: Tensor | None = None
+
+    def lines(self) -> Tensor:
+        """float64 (channels, weights of each)."""
+        return fold_lines(self.tensor.detach().double(), self.dim)
+
+
+def fold_lines(x: Tensor, dim: int) -> Tensor:
+    return x.movedim(dim, 0).reshape(x.shape[dim], -1)
+
+
+class Criterion(ABC):
+    """``needs_gradient``: ``score`` is read in the step, before the optimizer; otherwise when masks change.
+
+    ``accumulates``: the running score ``S <- a S + b x`` over all steps up to the last mask change counts, not the last
+    step alone (masks; ``a`` and ``b`` are the options ``momentum_decay`` and ``momentum_gain``). Channels always add up
+    the batches that they are given. ``degree``: the power of the gradient in a step's score, by which a loss scale is
+    undone. ``needs``: what it needs beyond weights and gradients, which masks cannot give; such a criterion has
+    ``of_slices``.
     """
 
     needs_gradient: bool = True
     accumulates: bool = False
+    degree: int = 1
+    needs: str = ""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
 
     @abstractmethod
     def score(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
-        """A new tensor of the weight's shape, at least float32. Neither argument is changed."""
+        """What each weight contributes: a new tensor of its shape, at least float32. No argument is changed."""
+
+    def each_step(self, total: Tensor) -> Tensor:
+        """What a unit makes of the sum of one step, before steps are added up."""
+        return total
+
+    def finish(self, total: Tensor) -> Tensor:
+        """The score of a unit; a new tensor where it is not ``total`` itself."""
+        return total
+
+    def of_slices(self, slices: Slices) -> Tensor | None:
+        """Channels only, in place of sums of ``score``: float64 (channels,), or None where this axis says nothing."""
+        raise NotImplementedError
 
 
 CRITERIA: Registry[Criterion] = Registry("criterion")
@@ -38,12 +84,22 @@ def _wide(x: Tensor) -> Tensor:
 
 @CRITERIA.add("magnitude")
 class Magnitude(Criterion):
-    """``|w|`` at the moment of the cut."""
+    """``|w|``; a unit has the sum (l1)."""
 
     needs_gradient = False
 
     def score(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
         return _wide(weight).abs()
+
+
+@CRITERIA.add("l2")
+class L2(Criterion):
+    """``w^2``; a unit has the sum, its squared l2 norm."""
+
+    needs_gradient = False
+
+    def score(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
+        return _wide(weight).square()
 
 
 @CRITERIA.add("gradient")
@@ -69,3 +125,103 @@ class SnipMomentum(Snip):
     """``S <- a S + b |w g|`` over the steps; a = 1.0 and b = 0.9 unless configured."""
 
     accumulates = True
+
+
+@CRITERIA.add("taylor")
+class Taylor(Criterion):
+    """``|sum_t sum_unit w g|``: how much the loss changes, to first order, when the unit becomes zero.
+
+    Molchanov et al. 2017, arXiv:1611.06440, eq. 8. Signs count: weights of one unit may cancel.
+    """
+
+    accumulates = True
+
+    def score(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
+        assert gradient is not None
+        return _wide(weight) * _wide(gradient)
+
+    def finish(self, total: Tensor) -> Tensor:
+        return total.abs()
+
+
+@CRITERIA.add("fisher")
+class Fisher(Taylor):
+    """``sum_t (sum_unit w g)^2``: like ``taylor``, but what raises the loss here and lowers it there counts too.
+
+    Theis et al. 2018, arXiv:1801.05787. Where scores are kept weight by weight (N:M, ``max``, progressive), each weight
+    is a unit of its own and the sum is over the squares.
+    """
+
+    degree = 2
+
+    def each_step(self, total: Tensor) -> Tensor:
+        return total.square()
+
+    def finish(self, total: Tensor) -> Tensor:
+        return total
+
+
+@CRITERIA.add("random")
+class Random(Criterion):
+    """Uniform in [0, 1): the baseline that any other criterion has to beat.
+
+    A weight's number is a hash of its value and the seed, so it stays the same while the weight does; a channel's is
+    drawn by a generator.
+    """
+
+    needs_gradient = False
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def score(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
+        bits = weight.float().contiguous().view(torch.int32).long() + self.seed * 0x9E3779B9
+        for _ in range(2):
+            bits = ((bits ^ (bits >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+        return (bits ^ (bits >> 16)).double().div_(1 << 32).float()
+
+    def of_slices(self, slices: Slices) -> Tensor | None:
+        return torch.rand(slices.tensor.shape[slices.dim], generator=self._generator, dtype=torch.float64)
+
+
+class _Whole(Criterion):
+    """A criterion that looks at whole channels."""
+
+    needs_gradient = False
+
+    def score(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+@CRITERIA.add("bn_scale")
+class NormScale(_Whole):
+    """``|gamma|`` of the batch norms behind a channel (Liu et al. 2017, arXiv:1708.06519); without one it stays."""
+
+    needs = "the batch norms behind a channel"
+
+    def of_slices(self, slices: Slices) -> Tensor | None:
+        return slices.tensor.detach().double().abs() if slices.norm_scale else None
+
+
+@CRITERIA.add("geometric_median")
+class GeometricMedian(_Whole):
+    """``sum_j ||w_i - w_j||``: a filter near all others can be replaced by them (He et al. 2019, arXiv:1811.00250)."""
+
+    needs = "the distances between whole filters"
+
+    def of_slices(self, slices: Slices) -> Tensor | None:
+        if slices.tensor.dim() < 2 or slices.reads:
+            return None
+        lines = slices.lines()
+        return torch.cdist(lines, lines).sum(1)
+
+
+@CRITERIA.add("activation")
+class Activation(_Whole):
+    """``mean |x|`` of what the layers behind a channel read."""
+
+    needs = "the activations that layers read"
+
+    def of_slices(self, slices: Slices) -> Tensor | None:
+        return slices.activations if slices.activations is not None and slices.activations.any() else None

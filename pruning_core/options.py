@@ -1,21 +1,15 @@
-"""The options of one pruner: each declared once, with its type, range, default and meaning."""
+"""Checked options: their types, and the one line that answers a wrong value. Masks, channels and apps use these."""
 
 from __future__ import annotations
 
 import re
-from functools import cached_property
+from collections.abc import Callable, Mapping
 from numbers import Integral
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from pruning_core.criteria import CRITERIA, Criterion
-from pruning_core.patterns import Pattern, parse_pattern
 from pruning_core.registry import did_you_mean
-from pruning_core.schedules import SCHEDULES, Timetable
-
-PROGRESSIVE = "_progressive"
-LOCK = "pattern_lock"
 
 
 def shown(value: object) -> str:
@@ -42,142 +36,61 @@ def _names(value: object) -> object:
 
 def _regular_expressions(value: list[str]) -> list[str]:
     for pattern in value:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            hint = "escape it with re.escape"
-            raise ValueError(f"not a regular expression ({error}), got {shown(pattern)}; {hint}") from None
+        regular_expression(pattern)
     return value
+
+
+def regular_expression(pattern: str) -> str:
+    """The pattern itself; ValueError where ``re`` cannot read it."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        hint = "escape it with re.escape"
+        raise ValueError(f"not a regular expression ({error}), got {shown(pattern)}; {hint}") from None
+    return pattern
 
 
 Step = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
 Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
 Ratio = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Names = Annotated[list[str], BeforeValidator(_names)]
+Patterns = Annotated[Names, AfterValidator(_regular_expressions)]
 
 
-class PrunerOptions(BaseModel):
-    """The options of one pruner: a group of layers that is ranked together."""
+class Options(BaseModel):
+    """Strict and frozen: unknown names, other types and values out of range are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    target_sparsity: Annotated[Ratio, Field(description="share of zeros at `end_step`; for N:M patterns 1 - N/M")] = 0.8
-    pruning_type: Annotated[
-        str, Field(description="a criterion, a criterion + `_progressive`, or `pattern_lock` (today's zeros stay)")
-    ] = "snip_momentum"
-    pattern: Annotated[
-        str, Field(description="`NxM` blocks (N output by M input channels), `1xchannel`, `channelx1`, or `N:M`")
-    ] = "4x1"
-    op_names: Annotated[Names, Field(description="regular expressions (`re.search`); empty: all layers")] = []
-    excluded_op_names: Annotated[Names, Field(description="regular expressions of layers that stay dense")] = []
-    extra_excluded_op_names: Annotated[Names, Field(description="excluded as well, on top of `excluded_op_names`")] = []
-    pruning_op_types: Annotated[
-        Names, Field(description="`Conv` (every convolution), `Linear`, or exact class names", min_length=1)
-    ] = ["Conv", "Linear"]
-    start_step: Annotated[Step, Field(description="optimizer step of the first mask change")] = 0
-    end_step: Annotated[Step, Field(description="step at which the target is reached; `start_step`: one-shot")] = 0
-    pruning_frequency: Annotated[Positive, Field(description="steps between two mask changes")] = 1
-    sparsity_decay_type: Annotated[str, Field(description="the schedule between the two steps")] = "exp"
-    pruning_scope: Annotated[
-        Literal["global", "local"], Field(description="rank all layers together, or each by itself")
-    ] = "global"
-    min_sparsity_ratio_per_op: Annotated[Ratio, Field(description="each layer reaches at least this (global)")] = 0.0
-    max_sparsity_ratio_per_op: Annotated[Ratio, Field(description="no layer exceeds this")] = 0.98
-    criterion_reduce_type: Annotated[
-        Literal["mean", "sum", "max"], Field(description="how the scores of a unit become one score")
-    ] = "mean"
-    momentum_decay: Annotated[float, Field(gt=0, le=1, description="a in `S = a S + b |w g|` (snip_momentum)")] = 1.0
-    momentum_gain: Annotated[float, Field(gt=0, allow_inf_nan=False, description="b in `S = a S + b |w g|`")] = 0.9
-    progressive_steps: Annotated[Positive, Field(description="portions between two mask changes (progressive)")] = 4
-    progressive_type: Annotated[
-        Literal["scores", "linear"], Field(description="order inside doomed units: lowest score first, or by position")
-    ] = "scores"
-    reg_type: Annotated[Literal["group_lasso"] | None, Field(description="shrinks whole units while pruning")] = None
-    reg_coeff: Annotated[float, Field(ge=0, allow_inf_nan=False, description="its strength")] = 0.0
-
-    @field_validator("op_names", "excluded_op_names", "extra_excluded_op_names")
     @classmethod
-    def _compile(cls, value: list[str]) -> list[str]:
-        return _regular_expressions(value)
+    def read(cls, given: Mapping[str, Any], spell: Callable[[str], str] = str) -> Self:
+        """The options, or ValueError with one line for each problem. ``spell`` gives an option's name as it was given.
 
-    @field_validator("pattern")
-    @classmethod
-    def _parse(cls, value: str) -> str:
-        return str(parse_pattern(value))
+        ``<option>: <what is wrong>, got <value>; <what is allowed>``
+        """
+        for name, value in given.items():
+            if name not in cls.model_fields:
+                hint = did_you_mean(name, cls.model_fields)
+                raise ValueError(f"{spell(name)}: unknown option, got {shown(value)}; {hint}")
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            raise ValueError("\n".join(_lines(each, spell) for each in error.errors())) from None
 
-    @field_validator("pruning_type")
-    @classmethod
-    def _known_type(cls, value: str) -> str:
-        if value != LOCK and value.removesuffix(PROGRESSIVE) not in CRITERIA:
-            known = [*CRITERIA, *(name + PROGRESSIVE for name in CRITERIA), LOCK]
-            raise ValueError(f"unknown pruning type, got {shown(value)}; {did_you_mean(value, known)}")
-        return value
 
-    @field_validator("sparsity_decay_type")
-    @classmethod
-    def _known_schedule(cls, value: str) -> str:
-        SCHEDULES[value]
-        return value
-
-    @model_validator(mode="after")
-    def _pairs(self) -> Self:
-        wrong = self._impossible()
-        if wrong:
-            raise ValueError("\n".join(f"{option}: {problem}" for option, problem in wrong))
-        return self
-
-    def _impossible(self) -> list[tuple[str, str]]:
-        """(option, what is wrong) for every pair of options that cannot both hold."""
-        wrong = []
-        if self.start_step > self.end_step:
-            wrong.append(("end_step", f"must not lie before start_step {self.start_step}, got {self.end_step}"))
-        if self.min_sparsity_ratio_per_op > self.max_sparsity_ratio_per_op:
-            low = self.min_sparsity_ratio_per_op
-            wrong.append(
-                ("max_sparsity_ratio_per_op", f"below the minimum {low}, got {self.max_sparsity_ratio_per_op}")
-            )
-        if self.kind == LOCK:
-            if self.start_step != self.end_step:
-                problem = f"pattern_lock has no schedule, got {self.end_step}; set it to start_step {self.start_step}"
-                wrong.append(("end_step", problem))
-            return wrong
-        highest = self.parsed_pattern.max_sparsity
-        if self.target_sparsity > highest + 1e-9:
-            problem = f"pattern {self.pattern} allows at most {highest:g}, got {self.target_sparsity}"
-            wrong.append(("target_sparsity", problem + "; lower it or change the pattern"))
-        if self.target_sparsity > self.max_sparsity_ratio_per_op:
-            problem = f"above max_sparsity_ratio_per_op {self.max_sparsity_ratio_per_op}, got {self.target_sparsity}"
-            wrong.append(("target_sparsity", problem + "; raise the maximum or lower the target"))
-        elif self.target_sparsity < self.min_sparsity_ratio_per_op <= self.max_sparsity_ratio_per_op:
-            problem = f"below min_sparsity_ratio_per_op {self.min_sparsity_ratio_per_op}, got {self.target_sparsity}"
-            wrong.append(("target_sparsity", problem + "; lower the minimum or raise the target"))
-        if self.reg_type is None and self.reg_coeff:
-            wrong.append(
-                ("reg_coeff", f"does nothing without reg_type, got {self.reg_coeff}; add reg_type: group_lasso")
-            )
-        if self.reg_type and not self.reg_coeff:
-            wrong.append(("reg_type", "does nothing with reg_coeff 0, got 'group_lasso'; set reg_coeff above 0"))
-        if self.reg_type and not self.parsed_pattern.folds_linearly:
-            wrong.append(("reg_type", f"group_lasso needs blocks or channels, got pattern {self.pattern}; use NxM"))
-        return wrong
-
-    @property
-    def kind(self) -> str:
-        """One of "basic", "progressive", "pattern_lock"."""
-        if self.pruning_type == LOCK:
-            return LOCK
-        return "progressive" if self.pruning_type.endswith(PROGRESSIVE) else "basic"
-
-    @cached_property
-    def criterion(self) -> Criterion:
-        name = "magnitude" if self.kind == LOCK else self.pruning_type.removesuffix(PROGRESSIVE)
-        return CRITERIA[name]()
-
-    @cached_property
-    def parsed_pattern(self) -> Pattern:
-        return parse_pattern(self.pattern)
-
-    @cached_property
-    def timetable(self) -> Timetable:
-        schedule = SCHEDULES[self.sparsity_decay_type]()
-        return Timetable(self.start_step, self.end_step, self.pruning_frequency, self.target_sparsity, schedule)
+def _lines(error: Any, spell: Callable[[str], str]) -> str:
+    """pydantic's error as one line per problem."""
+    message, value = error["msg"], error["input"]
+    if error["type"] == "value_error":
+        message = message.removeprefix("Value error, ")
+        if not error["loc"]:  # pairs of options: each line begins with the option
+            pairs = [line.partition(": ") for line in message.splitlines()]
+            return "\n".join(f"{spell(name)}: {rest}" for name, _, rest in pairs)
+    else:
+        allowed = message.removeprefix("Input ").replace("should be", "must be")
+        if error["type"] == "too_short":
+            allowed = "must have at least one entry"
+        message = f"{'out of range' if 'than' in allowed else 'wrong value'}, got {shown(value)}; it {allowed}"
+    name, *inner = error["loc"]
+    suffix = "".join(f"[{i}]" for i in inner if isinstance(i, int))
+    return f"{spell(name)}{suffix}: {message}"

@@ -16,7 +16,7 @@ class Schedule(ABC):
     """``share(0) == 0`` and ``share(1) == target``; never falls in between."""
 
     @abstractmethod
-    def share(self, progress: float, target: float) -> float: ...
+    def sparsity(self, progress: float, target: float) -> float: ...
 
 
 SCHEDULES: Registry[Schedule] = Registry("schedule")
@@ -26,7 +26,7 @@ SCHEDULES: Registry[Schedule] = Registry("schedule")
 class Linear(Schedule):
     """``T p``: the same number of weights at every update."""
 
-    def share(self, progress: float, target: float) -> float:
+    def sparsity(self, progress: float, target: float) -> float:
         return target * progress
 
 
@@ -34,7 +34,7 @@ class Linear(Schedule):
 class Cos(Schedule):
     """``T (1 - cos(pi p / 2))``: slow first, steady at the end."""
 
-    def share(self, progress: float, target: float) -> float:
+    def sparsity(self, progress: float, target: float) -> float:
         return target * (1 - math.cos(math.pi * progress / 2))
 
 
@@ -42,7 +42,7 @@ class Cos(Schedule):
 class Exp(Schedule):
     """``1 - (1 - T)^p``: the same share of the *remaining* weights at every update."""
 
-    def share(self, progress: float, target: float) -> float:
+    def sparsity(self, progress: float, target: float) -> float:
         return 1 - (1 - target) ** progress
 
 
@@ -50,7 +50,7 @@ class Exp(Schedule):
 class Cube(Schedule):
     """``T p^3``: slow first, steep at the end."""
 
-    def share(self, progress: float, target: float) -> float:
+    def sparsity(self, progress: float, target: float) -> float:
         return target * progress**3
 
 
@@ -58,7 +58,7 @@ class Cube(Schedule):
 class Cubic(Schedule):
     """``T (1 - (1 - p)^3)``: steep first, slow at the end (Zhu & Gupta 2017, arXiv:1710.01878, eq. 1)."""
 
-    def share(self, progress: float, target: float) -> float:
+    def sparsity(self, progress: float, target: float) -> float:
         return target * (1 - (1 - progress) ** 3)
 
 
@@ -76,12 +76,12 @@ class Timetable:
     target: float
     schedule: Schedule
 
-    def share(self, step: int) -> float:
+    def sparsity(self, step: int) -> float:
         if step < self.start:
             return 0.0
         if step >= self.end:
             return self.target
-        return self.schedule.share((step - self.start) / (self.end - self.start), self.target)
+        return self.schedule.sparsity((step - self.start) / (self.end - self.start), self.target)
 
     def last_due(self, step: int) -> int | None:
         """The latest due step up to and including ``step``."""

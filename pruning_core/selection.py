@@ -76,7 +76,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Spared:
+class Skipped:
     """A layer of a selected type that stays dense, and why."""
 
     layer: str
@@ -143,12 +143,35 @@ def unfit(target: Target) -> str | None:
 
 @dataclass(frozen=True)
 class Selector:
-    """The selecting options of one pruner. ``where`` prefixes its messages, as ``pruning_configs[0]``."""
+    """Which layers take part. ``where`` prefixes its messages, as ``pruning_configs[0]``.
+
+    ``op_names``: regular expressions (``re.search``), empty for all; ``excluded``: those that do not; ``op_types``:
+    "Conv", "Linear", or class names.
+    """
 
     where: str
     op_names: Sequence[str]
     excluded: Sequence[str]
     op_types: Sequence[str]
+
+    @property
+    def prefix(self) -> str:
+        return f"{self.where}." if self.where else ""
+
+    def why_not(self, layer: str) -> str | None:
+        """Why a layer of the right type does not take part, or None."""
+        if self.op_names and not any(re.search(pattern, layer) for pattern in self.op_names):
+            return "not among op_names"
+        hit = next((pattern for pattern in self.excluded if re.search(pattern, layer)), None)
+        return None if hit is None else f"excluded by {hit!r}"
+
+    def check(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The layers of the right types; ValueError for a type or name that the model lacks."""
+        candidates = list(self.candidates(model))
+        self._check_types(model)
+        self._check_names([layer for layer, _ in candidates])
+        self._check_exclusions(model)
+        return candidates
 
     def candidates(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for layer, module in model.named_modules():
@@ -156,38 +179,30 @@ class Selector:
             if kind is not None and (kind in self.op_types or kind_of(module) in self.op_types):
                 yield layer, module
 
-    def select(self, model: nn.Module) -> tuple[list[Target], list[Spared]]:
+    def select(self, model: nn.Module) -> tuple[list[Target], list[Skipped]]:
         """Targets in ``named_modules()`` order, and the layers of the right type that stay dense, with reasons."""
-        candidates = list(self.candidates(model))
-        self._check_types(model)
-        self._check_names([layer for layer, _ in candidates])
-        self._check_exclusions(model)
         targets: list[Target] = []
-        spared: list[Spared] = []
-        for layer, module in candidates:
-            kind = kind_of(module)
-            if self.op_names and not any(re.search(pattern, layer) for pattern in self.op_names):
-                spared.append(Spared(layer, kind, "not among op_names"))
-                continue
-            hit = next((pattern for pattern in self.excluded if re.search(pattern, layer)), None)
-            if hit is not None:
-                spared.append(Spared(layer, kind, f"excluded by {hit!r}"))
+        skipped: list[Skipped] = []
+        for layer, module in self.check(model):
+            why_not = self.why_not(layer)
+            if why_not is not None:
+                skipped.append(Skipped(layer, kind_of(module), why_not))
                 continue
             for target in targets_of(layer, module):
                 reason = unfit(target)
                 if reason is None:
                     targets.append(target)
                 else:
-                    self.spare(target, reason, spared)
-        if not targets and not spared:
-            raise ValueError(f"{self.where}.pruning_op_types: the model has no such layer, got {list(self.op_types)}")
-        return targets, spared
+                    self.skip(target, reason, skipped)
+        if not targets and not skipped:
+            raise ValueError(f"{self.prefix}pruning_op_types: the model has no such layer, got {list(self.op_types)}")
+        return targets, skipped
 
-    def spare(self, target: Target, reason: str, spared: list[Spared]) -> None:
+    def skip(self, target: Target, reason: str, skipped: list[Skipped]) -> None:
         """Leaves a layer dense and says so; refuses where the layer was asked for by name."""
         if self.names_explicitly(target.layer):
             raise ValueError(f"{self.where}: {target.layer} cannot be pruned: {reason}; take it out of op_names")
-        spared.append(Spared(target.layer, kind_of(target.module), reason))
+        skipped.append(Skipped(target.layer, kind_of(target.module), reason))
 
     def names_explicitly(self, layer: str) -> bool:
         """True when an op_names entry means this one layer: its whole name, anchored or not."""
@@ -202,17 +217,17 @@ class Selector:
                 continue
             known = did_you_mean(kind, [*FAMILIES, *sorted({*CLASSES, *prunable})])
             why = "layers of this type cannot be pruned" if kind in present else "unknown layer type"
-            raise ValueError(f"{self.where}.pruning_op_types[{i}]: {why}, got {kind!r}; {known}")
+            raise ValueError(f"{self.prefix}pruning_op_types[{i}]: {why}, got {kind!r}; {known}")
 
     def _check_names(self, layers: list[str]) -> None:
         for i, pattern in enumerate(self.op_names):
             if not any(re.search(pattern, layer) for layer in layers):
                 types = " or ".join(self.op_types)
                 hint = did_you_mean(pattern, layers) if layers else "the model has none"
-                raise ValueError(f"{self.where}.op_names[{i}]: matches no {types} layer, got {pattern!r}; {hint}")
+                raise ValueError(f"{self.prefix}op_names[{i}]: matches no {types} layer, got {pattern!r}; {hint}")
 
     def _check_exclusions(self, model: nn.Module) -> None:
         names = [name for name, _ in model.named_modules()]
         for pattern in self.excluded:
             if not any(re.search(pattern, name) for name in names):
-                warnings.warn(f"{self.where}.excluded_op_names: {pattern!r} matches no layer", stacklevel=2)
+                warnings.warn(f"{self.prefix}excluded_op_names: {pattern!r} matches no layer", stacklevel=2)

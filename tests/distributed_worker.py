@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from pruning_core import Pruning, checkpoint
-from pruning_core.sharding import local
+from pruning_core.masks.sharding import local
 
 torch.set_num_threads(1)
 
@@ -356,7 +356,7 @@ def _spoil_weight(training: Training) -> None:
 
 
 def _spoil_mask(training: Training) -> None:
-    training.pruner.groups[0].weights[1].keep[0] = 0
+    training.pruner._groups[0].weights[1].keep[0] = 0
 
 
 SPOILED = {"gradient": _spoil_gradient, "weight": _spoil_weight, "mask": _spoil_mask}
@@ -387,7 +387,7 @@ def _astray(
             history.append({"masks": training.pruner.masks(), "weight": weight})
     except RuntimeError as error:
         return {"error": str(error), "step": training.pruner.step}
-    doomed = [getattr(group, "doomed", None) for group in training.pruner.groups]
+    doomed = [getattr(group, "doomed", None) for group in training.pruner._groups]
     return {"error": None, "history": history, "doomed": doomed, **training.result()}
 
 
@@ -416,7 +416,7 @@ def bytes_sent() -> Results:
                 training.optimizer.step()
                 with Wire() as wire:
                     training.pruner.on_after_optimizer_step()
-                assert training.pruner.groups[0].done
+                assert training.pruner._groups[0].done
                 yield f"bytes {pattern} {scope} {width}", wire.sent
 
 
@@ -429,7 +429,7 @@ def non_finite() -> Results:
             local(training.bare.linear.weight.grad)[0, 0] = torch.inf
 
     def state() -> dict[str, Any]:
-        scores = {w.target.name: w.score.clone() for w in training.pruner.groups[0].weights}
+        scores = {w.target.name: w.score.clone() for w in training.pruner._groups[0].weights}
         return {"scores": scores, "step": training.pruner.step}
 
     before = state()

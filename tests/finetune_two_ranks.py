@@ -21,7 +21,7 @@ import finetune_apps as apps
 
 from apps.common import arguments
 from apps.common.finetune import build, loop, processes, results
-from pruning_core.report import Report
+from pruning_core.masks.report import SparsityReport
 
 torch.set_num_threads(1)
 finish, losses = results.finish, loop.losses
@@ -71,7 +71,7 @@ def interrupted(run, batch):
 
 
 results.finish, loop.losses = compare_and_finish, interrupted
-results.plot_curves, Report.plot = (lambda *_, **__: None), (lambda *_: None)
+results.plot_curves, SparsityReport.plot = (lambda *_, **__: None), (lambda *_: None)
 build.leave_group = lambda: None  # the next run goes on in it
 arguments.RANK_0_SPEAKS_WITHIN = 0.0  # nobody ends the others here
 codes = []

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from pruning_core.graph import ChannelGraph, slim_
-from pruning_core.graph.labels import Axis
+from pruning_core.graph.trace.labels import Axis
 
 
 @dataclass(frozen=True)

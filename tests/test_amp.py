@@ -9,7 +9,7 @@ from conftest import batch, loss_of, small_net
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruning_core import Pruning
-from pruning_core.masks import driver
+from pruning_core.masks import pruning as driver
 
 OPTIONS = {"pattern": "1x1", "end_step": 6, "pruning_frequency": 2}
 POISON = (0, 1, 5)
@@ -84,7 +84,7 @@ def test_scores_do_not_depend_on_the_loss_scale(fused, unscale):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         optimizer.step()
         optimizer.zero_grad()
-    for a, b in zip(scaled.groups[0].weights, plain.groups[0].weights, strict=True):
+    for a, b in zip(scaled._groups[0].weights, plain._groups[0].weights, strict=True):
         assert torch.allclose(a.score, b.score, rtol=2e-2, atol=1e-7)
 
 
@@ -118,7 +118,7 @@ def test_hooks_do_not_wait_for_the_device_between_mask_changes(monkeypatch):
         with nullcontext() if change else NoWaiting():
             pruner.on_after_optimizer_step()
         optimizer.zero_grad()
-    assert pruner.groups[0].done
+    assert pruner._groups[0].done
 
 
 @pytest.mark.parametrize("lasso", [{}, {"reg_type": "group_lasso", "reg_coeff": 0.1}], ids=["", "lasso"])
@@ -143,7 +143,7 @@ def test_a_non_finite_gradient_changes_no_score(bad, where):
     loss_of(model, 0).backward()
     pruner.on_before_optimizer_step()
     pruner.on_after_optimizer_step()
-    before = copy.deepcopy([weight.score for weight in pruner.groups[0].weights])
+    before = copy.deepcopy([weight.score for weight in pruner._groups[0].weights])
     if where == "one weight":
         model[0].weight.grad[0, 0, 0, 0] = bad
     elif where == "a bias":
@@ -153,7 +153,7 @@ def test_a_non_finite_gradient_changes_no_score(bad, where):
             parameter.grad.fill_(bad)
     pruner.on_before_optimizer_step()
     pruner.on_after_optimizer_step()
-    for old, weight in zip(before, pruner.groups[0].weights, strict=True):
+    for old, weight in zip(before, pruner._groups[0].weights, strict=True):
         assert torch.equal(old, weight.score)
     assert pruner.step == 1
 
@@ -194,7 +194,7 @@ def test_accumulation_with_attach_counts_optimizer_steps():
                 optimizer.step()
                 optimizer.zero_grad()
         assert pruner.step == 6
-        assert pruner.groups[0].done
+        assert pruner._groups[0].done
 
 
 @pytest.mark.parametrize("options", [{"end_step": 6}, {"pruning_type": "gradient", "end_step": 6}])

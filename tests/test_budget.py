@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning_core.budget import Ranked, cut_apart, cut_together, limits, share_of, sortable
+from pruning_core.masks.budget import Ranked, cut_apart, cut_together, limits, share_of, sortable
 
 SCORES = st.one_of(
     st.floats(width=32, allow_nan=False, allow_infinity=False),

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from pruning_core import CheckpointError, checkpoint
-from pruning_core.channels import ckpt_helper, plan_channels
-from pruning_core.channels.ckpt_helper import load_slim, save_slim
+from pruning_core.channels import plan_channels
+from pruning_core.channels.files import load_slim, save_slim
+from pruning_core.compat.sensetime import ckpt_helper
 from pruning_core.graph import ChannelGraph, GraphError, expanded, slim_, structure
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pruning_core import Pruning, WeightPruningConfig
-from pruning_core.config import ALIASES, DROPPED, reference
 from pruning_core.criteria import CRITERIA
-from pruning_core.options import PrunerOptions
+from pruning_core.masks.config import ALIASES, DROPPED, reference
+from pruning_core.masks.options import PrunerOptions
 from pruning_core.schedules import SCHEDULES
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
@@ -826,7 +826,7 @@ def test_the_page_holds_the_table_of_the_options():
     page = PAGE.read_text(encoding="utf-8")
     assert page.count("<!-- options -->") == page.count("<!-- /options -->") == 1
     table = page.partition("<!-- options -->\n")[2].partition("<!-- /options -->")[0]
-    assert table == reference(), "write pruning_core.config.reference() between the two markers"
+    assert table == reference(), "write pruning_core.masks.config.reference() between the two markers"
 
 
 def test_the_table_is_one():

@@ -42,7 +42,7 @@ def set_gradients(model, step):
 def canonical(pruner):
     """(G, O, K, I) masks, by weight."""
     found = {}
-    for group in pruner.groups:
+    for group in pruner._groups:
         for weight in group.weights:
             found[weight.target.name] = (weight.target.layout.view(pruner.masks()[weight.target.name]), weight)
     return found
@@ -85,7 +85,7 @@ def test_asked_is_reached_at_every_step_and_nothing_comes_back(criterion, patter
         earlier = {}
 
         def check(pruner, now, options=options, target=target, earlier=earlier):
-            group = pruner.groups[0]
+            group = pruner._groups[0]
             zeros = 0
             for weight in group.weights:
                 mask = pruner.masks()[weight.target.name]
@@ -97,7 +97,9 @@ def test_asked_is_reached_at_every_step_and_nothing_comes_back(criterion, patter
                 assert (~mask).sum() <= options.get("max_sparsity_ratio_per_op", 0.98) * mask.numel()
             units = [int(torch.as_tensor(w.pattern.sizes(w.place.region)).max()) for w in group.weights]
             slack = max(units) if options["pruning_scope"] == "global" else sum(units)
-            asked = group.table.share(now if now in (2, 6, 10) else max((d for d in (2, 6, 10) if d < now), default=0))
+            asked = group.table.sparsity(
+                now if now in (2, 6, 10) else max((d for d in (2, 6, 10) if d < now), default=0)
+            )
             if kind == "" or now >= 10:
                 assert asked * group.total - slack - 1 < zeros <= asked * group.total + len(units)
                 made_of_whole_units(pruner)
@@ -105,7 +107,7 @@ def test_asked_is_reached_at_every_step_and_nothing_comes_back(criterion, patter
                 assert zeros <= asked * group.total + len(units)
 
         pruner = run(options, each=check)
-        assert pruner.groups[0].done
+        assert pruner._groups[0].done
 
 
 @pytest.mark.parametrize("criterion", list(CRITERIA))
@@ -113,7 +115,7 @@ def test_asked_is_reached_at_every_step_and_nothing_comes_back(criterion, patter
 def test_one_shot(criterion, pattern):
     target = min(0.5, parse_pattern(pattern).max_sparsity)
     pruner = run({"pruning_type": criterion, "pattern": pattern, "target_sparsity": target}, steps=1)
-    group = pruner.groups[0]
+    group = pruner._groups[0]
     units = [int(torch.as_tensor(w.pattern.sizes(w.place.region)).max()) for w in group.weights]
     zeros = sum(int((w.target.parameter == 0).sum()) for w in group.weights)
     assert target * group.total - max(units) <= zeros <= target * group.total + 0.5
@@ -239,13 +241,13 @@ def test_masked_weights_stay_zero_with_momentum_and_weight_decay(optimizer):
                 weight = model.get_parameter(name)
                 assert (weight[~mask] == 0).all()
                 assert not weight[~mask].signbit().any()  # +0.0, not -0.0
-    assert pruner.report().groups[0].zeros == math.floor(0.8 * pruner.groups[0].total + 0.5)
+    assert pruner.report().groups[0].zeros == math.floor(0.8 * pruner._groups[0].total + 0.5)
 
 
 def test_the_guard_can_fail():
     """made_of_whole_units notices a broken mask."""
     pruner = run({"pruning_type": "magnitude", "pattern": "4x1"}, steps=1)
-    weight = pruner.groups[0].weights[-1]
+    weight = pruner._groups[0].weights[-1]
     dead = (weight.keep == 0).nonzero()[0]
     weight.keep[tuple(dead)] = -1
     with pytest.raises(AssertionError):

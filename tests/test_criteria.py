@@ -51,7 +51,7 @@ def scores_after(gradients, **options):
         pruner.on_step_begin()
         pruner.on_before_optimizer_step()
         pruner.on_after_optimizer_step()
-    score = pruner.groups[0].weights[0].score
+    score = pruner._groups[0].weights[0].score
     return score.reshape(2, 2)
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from pruning_core import checkpoint
-from pruning_core.__main__ import main
-from pruning_core.export import load_sparse, save_sparse
+from pruning_core.cli.main import main
+from pruning_core.sparse_format import load_sparse, save_sparse
 
 
 def net() -> nn.Sequential:

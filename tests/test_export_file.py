@@ -22,11 +22,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from pruning_core import CheckpointError, checkpoint
-from pruning_core.export import container, load_sparse, load_sparse_into, packed, read_metadata, save_sparse
-from pruning_core.export import sparse_file as module
-from pruning_core.export.bound import bound_bytes
-from pruning_core.export.reader import opened
-from pruning_core.export.units import Blocks, Choices
+from pruning_core.sparse_format import container, load_sparse, load_sparse_into, packed, read_metadata, save_sparse
+from pruning_core.sparse_format import sparse_file as module
+from pruning_core.sparse_format.bound import bound_bytes
+from pruning_core.sparse_format.reader import opened
+from pruning_core.sparse_format.units import Blocks, Combinations
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -321,7 +321,7 @@ def test_a_pattern_that_is_given(tmp_path, pattern, shape, expected):
     assert same(load_sparse(tmp_path / "a.safetensors"), {"w": weight})
 
 
-def slow_mask(units: Blocks | Choices, kept: np.ndarray) -> np.ndarray:
+def slow_mask(units: Blocks | Combinations, kept: np.ndarray) -> np.ndarray:
     """Unit by unit, weight by weight."""
     stored = np.zeros_like(kept)
     if isinstance(units, Blocks):
@@ -344,7 +344,7 @@ def test_masks_against_a_slow_reference(data):
     generator = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     kept = generator.random(shape) < data.draw(st.floats(0, 1))
     extents = tuple(data.draw(st.integers(1, length)) for length in shape)
-    units: Blocks | Choices = Blocks(extents)
+    units: Blocks | Combinations = Blocks(extents)
     if data.draw(st.booleans()):
         axis, m = data.draw(st.integers(0, len(shape) - 1)), data.draw(st.integers(2, 8))
         shape = tuple(m * length if i == axis else length for i, length in enumerate(shape))
@@ -352,8 +352,8 @@ def test_masks_against_a_slow_reference(data):
         n = max(int(np.moveaxis(kept, axis, -1).reshape(-1, m).sum(-1).max()), 1)
         if n == m:
             return
-        units = Choices(n, m, axis)
-        assert units.holds(kept) and (n == 1 or not Choices(n - 1, m, axis).holds(kept))
+        units = Combinations(n, m, axis)
+        assert units.holds(kept) and (n == 1 or not Combinations(n - 1, m, axis).holds(kept))
     stored = units.stored(kept)
     assert (stored >= kept).all() and (isinstance(units, Blocks) or stored.sum() == kept.size // units.m * units.n)
     if isinstance(units, Blocks) or (np.moveaxis(kept, units.axis, -1).reshape(-1, units.m).sum(-1) == units.n).all():
@@ -387,9 +387,9 @@ def test_golden_bytes():
     assert row == b"PCsp" + struct.pack("<II", len(text), zlib.crc32(text)) + text + body
     # 2:4: the six choices in order, three to a byte; exponents are the top byte after a turn to the left.
     assert bytes(
-        Choices(2, 4, 1).encode(np.array([[1, 1, 0, 0, 0, 0, 1, 1, 0, 1, 0, 1, 1, 0, 1, 0]], dtype=bool))
+        Combinations(2, 4, 1).encode(np.array([[1, 1, 0, 0, 0, 0, 1, 1, 0, 1, 0, 1, 1, 0, 1, 0]], dtype=bool))
     ) == bytes([0 + 6 * 5 + 36 * 4, 1])
-    from pruning_core.export.streams import split
+    from pruning_core.sparse_format.streams import split
 
     exponents, rest = split(np.array([0xBF800001], dtype=np.uint32))
     assert (exponents.tolist(), rest.tolist()) == ([0x7F], [0x03, 0x00, 0x00])
@@ -418,7 +418,7 @@ def test_the_bound_by_hand():
     assert bound_bytes(weight.bfloat16(), Blocks((1, 1)), "BF16") * 8 == pytest.approx(16 + 8 * 9.5)
     assert bound_bytes(weight.half(), Blocks((1, 1)), "F16") * 8 == pytest.approx(16 + 8 * 12.5)
     two = (two_of_four((4, 8)) != 0).float()  # eight groups of one of six choices; one exponent alone
-    assert bound_bytes(two, Choices(2, 4, 1), "F32") * 8 == pytest.approx(8 * math.log2(6) + 16 * 24)
+    assert bound_bytes(two, Combinations(2, 4, 1), "F32") * 8 == pytest.approx(8 * math.log2(6) + 16 * 24)
 
 
 @pytest.mark.parametrize("codec", ["raw", "entropy"])

@@ -29,8 +29,10 @@ from transformers.quantizers.base import HfQuantizer
 
 import pruning_core
 from pruning_core import CheckpointError
-from pruning_core.export import huggingface, load_sparse, save_pretrained_sparse, save_sparse
-from pruning_core.export.sparse_file import Choice
+from pruning_core.integrations.transformers import folder as huggingface
+from pruning_core.integrations.transformers import save_pretrained_sparse
+from pruning_core.sparse_format import load_sparse, save_sparse
+from pruning_core.sparse_format.sparse_file import Packing
 
 ROOT = Path(pruning_core.__file__).parent.parent
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -215,7 +217,7 @@ def test_a_folder_there_and_back(tmp_path):
     """Every other file comes along; the dense weights are the bytes that ``save_pretrained`` wrote."""
     bert().save_pretrained(tmp_path / "dense", max_shard_size="40KB")
     (tmp_path / "dense/vocab.txt").write_text("a\nb\n")
-    huggingface.pack_folder(tmp_path / "dense", tmp_path / "sparse", Choice.of("entropy", "fp32", "auto"))
+    huggingface.pack_folder(tmp_path / "dense", tmp_path / "sparse", Packing.of("entropy", "fp32", "auto"))
     huggingface.unpack_folder(tmp_path / "sparse", tmp_path / "again")
     names = sorted(path.name for path in (tmp_path / "dense").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "again").iterdir())
@@ -259,7 +261,7 @@ def test_folders_that_are_refused(tmp_path, damage, message):
     bert().save_pretrained(tmp_path / "dense")
     damage(tmp_path / "dense")
     with pytest.raises(CheckpointError, match=message):
-        huggingface.pack_folder(tmp_path / "dense", tmp_path / "sparse", Choice.of("entropy", "fp32", "auto"))
+        huggingface.pack_folder(tmp_path / "dense", tmp_path / "sparse", Packing.of("entropy", "fp32", "auto"))
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 

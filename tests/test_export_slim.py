@@ -17,11 +17,11 @@ from transformers import (
 )
 
 import pruning_core  # noqa: F401  (it teaches transformers)
-from pruning_core.__main__ import main
 from pruning_core.channels import plan_channels
-from pruning_core.export import save_pretrained_sparse
-from pruning_core.export.huggingface import unpack_folder
+from pruning_core.cli.main import main
 from pruning_core.graph import ChannelGraph, slim_, structure
+from pruning_core.integrations.transformers import save_pretrained_sparse
+from pruning_core.integrations.transformers.folder import unpack_folder
 
 IDS = {"input_ids": torch.arange(3, 15)[None]}
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
@@ -95,10 +95,10 @@ def test_cut_and_packed(tmp_path):
 
 
 def save_again(source, folder):
-    from pruning_core.export.huggingface import pack_folder
-    from pruning_core.export.sparse_file import AUTO, Choice
+    from pruning_core.integrations.transformers.folder import pack_folder
+    from pruning_core.sparse_format.sparse_file import AUTO, Packing
 
-    pack_folder(source, folder, Choice.of("entropy", "fp32", AUTO))
+    pack_folder(source, folder, Packing.of("entropy", "fp32", AUTO))
 
 
 def test_without_what_is_said_it_is_refused(tmp_path):

@@ -24,7 +24,7 @@ def new_kinds():
 
     @SCHEDULES.add("late")
     class Late(Schedule):
-        def share(self, progress, target):
+        def sparsity(self, progress, target):
             return target * progress**8
 
     @PATTERNS.add("row pairs")
@@ -56,7 +56,7 @@ def test_new_kinds_work_together(new_kinds, pruning_type):
     rows = (model[5].weight == 0).all(1)
     assert torch.equal(rows[::2], rows[1::2])
     assert rows.sum() == 8  # four pairs of nine
-    assert pruner.groups[0].done
+    assert pruner._groups[0].done
 
 
 def test_an_unknown_kind_is_answered_with_the_right_one(new_kinds):

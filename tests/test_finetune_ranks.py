@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from apps.common.finetune import processes, results
 from pruning_core import checkpoint
-from pruning_core.report import Report
+from pruning_core.masks.report import SparsityReport
 
 pytestmark = pytest.mark.slow
 ROWS, HELD_OUT, BATCH = 23, 11, 2  # 12 batches, the last one of 1 row; 6 of each rank: 3 steps of 2 an epoch
@@ -95,7 +95,7 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch) -> None:
     monkeypatch.setattr(results, "plot_curves", lambda *_, **__: None)
-    monkeypatch.setattr(Report, "plot", lambda *_: None)
+    monkeypatch.setattr(SparsityReport, "plot", lambda *_: None)
 
 
 def summary(folder: Path) -> dict[str, float]:

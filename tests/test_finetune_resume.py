@@ -19,7 +19,7 @@ from torch import Tensor
 
 from apps.common.finetune import build, loop, processes, results, state
 from pruning_core import checkpoint
-from pruning_core.report import Report
+from pruning_core.masks.report import SparsityReport
 
 ROWS, HELD_OUT, BATCH = 46, 11, 4  # 12 batches an epoch, the last one of 2 rows
 STEPS = 12  # 2 epochs of 6 steps of 2 batches; masks change in steps 3 to 9
@@ -46,7 +46,7 @@ def no_pictures():
     """Drawing takes longer than the training."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(results, "plot_curves", lambda *_, **__: None)
-        patch.setattr(Report, "plot", lambda *_: None)
+        patch.setattr(SparsityReport, "plot", lambda *_: None)
         yield
 
 

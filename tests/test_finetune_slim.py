@@ -15,7 +15,7 @@ from transformers import (
 
 from apps.common.finetune import results, slim
 from pruning_core.graph import Plan, structure
-from pruning_core.report import Report
+from pruning_core.masks.report import SparsityReport
 
 KINDS = {"text_classification": AutoModelForSequenceClassification, "qa": AutoModelForQuestionAnswering}
 RECIPE = apps.ROOT / slim.EXAMPLE
@@ -37,7 +37,7 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     monkeypatch.setattr(results, "plot_curves", lambda *_, **__: None)
-    monkeypatch.setattr(Report, "plot", lambda *_: None)
+    monkeypatch.setattr(SparsityReport, "plot", lambda *_: None)
 
 
 def words(place: Path, app: str, output: Path, *more: str, **options: object) -> list[str]:
@@ -66,7 +66,7 @@ def test_the_example_says_every_key_and_is_the_default_but_for_its_layers():
     assert config.model_dump(exclude={"layers", "round_to"}) == slim.SlimConfig().model_dump(
         exclude={"layers", "round_to"}
     )
-    assert all(f"{key}:" in RECIPE.read_text() for key in slim.SlimConfig.model_fields if key != "max_share")
+    assert all(f"{key}:" in RECIPE.read_text() for key in slim.SlimConfig.model_fields if key not in ("op_names", "excluded_op_names", "pruning_op_types", "seed"))
 
 
 @BOTH
@@ -89,7 +89,7 @@ def test_what_is_left_trains_is_pruned_learns_and_loads(place, tmp_path, capsys,
 
 @BOTH
 def test_it_goes_on_to_the_bit_without_the_file(place, tmp_path, capsys, app):
-    config = written(tmp_path, "{budget: {params: 0.7}, importance: fisher, batches: 2, round_to: 1}")
+    config = written(tmp_path, "{budget: {params: 0.7}, criterion: fisher, batches: 2, round_to: 1}")
     run = words(place, app, tmp_path / "whole", slim_config=config, checkpointing_steps=2)
     assert apps.main(app, run) == 0
     config.unlink()
@@ -100,7 +100,7 @@ def test_it_goes_on_to_the_bit_without_the_file(place, tmp_path, capsys, app):
 
 
 def test_a_slim_model_is_cut_again_and_goes_on(place, tmp_path):
-    config = written(tmp_path, "{budget: {params: 0.8}, importance: magnitude, round_to: 1}")
+    config = written(tmp_path, "{budget: {params: 0.8}, criterion: l2, round_to: 1}")
     assert apps.main(TEXT, words(place, TEXT, tmp_path / "one", slim_config=config)) == 0
     again = {"model_name_or_path": tmp_path / "one", "checkpointing_steps": 2, "slim_config": config}
     assert apps.main(TEXT, words(place, TEXT, tmp_path / "two", **again)) == 0
@@ -133,7 +133,7 @@ def test_a_cut_model_has_a_cut_models_defaults(place, tmp_path):
         ("{budget: {flops: 0.5}}", "--slim_config: budget: is one of channels, params, macs, latency, got {{'f"),
         ("{budget: {macs: 1.5}}", "--slim_config: budget: is the share that is left, above 0 and at most 1, got 1.5"),
         ("{budget: {macs: 0.001}, layers: {'*embeddings*': 0}}", "budget: cannot be met, got macs 0.001; from 0."),
-        ("{importance: tailor}", "--slim_config: unknown importance, got 'tailor'; did you mean 'taylor'?"),
+        ("{criterion: tailor}", "--slim_config: criterion: unknown criterion, got 'tailor'; did you mean 'taylor'?"),
         ("{scope: all}", "--slim_config: scope: is global or local, got 'all'; choose one"),
         ("{layers: {'*stem*': 0}}", "--slim_config: layers: matches no parameter with channels that can go, got"),
     ],
@@ -149,7 +149,7 @@ def test_one_line_and_nothing_is_written(place, tmp_path, capsys, text, said):
 
 
 def test_hidden_states_of_another_width_are_not_compared(place, tmp_path, capsys):
-    config = written(tmp_path, "{budget: {params: 0.5}, importance: magnitude, round_to: 1, scope: local}")
+    config = written(tmp_path, "{budget: {params: 0.5}, criterion: l2, round_to: 1, scope: local}")
     more = {"slim_config": config, "dist_loss": "kl"}
     assert apps.main(TEXT, words(place, TEXT, tmp_path / "out", **more)) == 0
     assert "kl of the logits, 50%" in capsys.readouterr().out

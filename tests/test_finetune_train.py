@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from apps.common.finetune import build, loop, processes, results
-from pruning_core.report import Report
+from pruning_core.masks.report import SparsityReport
 
 RECIPES = sorted(path for path in (apps.ROOT / "apps/common/recipes").glob("*.yaml") if path.stem != "slim")
 WEIGHTS = 2 * (4 * 16 * 16 + 2 * 16 * 32)  # of the linear layers of both encoder layers: what the recipes prune
@@ -62,7 +62,7 @@ def some_rows(app: str, count: int, seed: int = 0) -> list[apps.Row]:
 def no_pictures(monkeypatch) -> None:
     """Drawing takes longer than the training."""
     monkeypatch.setattr(results, "plot_curves", lambda *_, **__: None)
-    monkeypatch.setattr(Report, "plot", lambda *_: None)
+    monkeypatch.setattr(SparsityReport, "plot", lambda *_: None)
 
 
 def words(place: Path, app: str, output: Path, *more: str, **options: object) -> list[str]:
@@ -460,7 +460,7 @@ def test_flags_win_over_the_recipe_and_leave_the_rest(place, tmp_path, live, fla
         for name, wanted in {**recipe, option: value}.items():
             assert getattr(pruner, name) == wanted, name
         assert [(pruner.start_step, pruner.end_step)] == [(0, 6)]
-        (group,) = run.pruner.groups
+        (group,) = run.pruner._groups
         assert group.total == WEIGHTS // 2
 
     more = {

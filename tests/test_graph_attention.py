@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from pruning_core.graph import ChannelGraph, GraphError, Plan, slim_
-from pruning_core.graph.labels import Axis
+from pruning_core.graph.trace.labels import Axis
 
 CASES: list[Case] = []
 case, chain = case_maker(CASES)

@@ -23,7 +23,7 @@ from test_graph_operations import CASES as OPERATIONS
 from torch import nn
 
 from pruning_core.graph import ChannelGraph, GraphError, Plan, apply_structure, expanded, slim_, structure
-from pruning_core.graph.labels import Axis
+from pruning_core.graph.trace.labels import Axis
 
 EXAMPLE = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 

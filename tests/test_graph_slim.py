@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from pruning_core.graph import ChannelGraph, GraphError, slim_, structure
-from pruning_core.graph.labels import Axis
+from pruning_core.graph.trace.labels import Axis
 
 EXAMPLE = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 

@@ -11,7 +11,7 @@ import torch
 from conftest import loss_of, small_net, train
 
 from pruning_core import Pruning
-from pruning_core.hooks import Clock
+from pruning_core.masks.clock import Clock
 
 
 def clock_of(*events):
@@ -293,7 +293,7 @@ def test_user_functions_may_call_on_train_begin_themselves():
 
     pruner.train_func = train_func
     pruner()
-    assert pruner.groups[0].done
+    assert pruner._groups[0].done
 
 
 def test_user_functions_that_are_missing():

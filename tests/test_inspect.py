@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pruning_core import CheckpointError, Pruning, checkpoint
-from pruning_core.__main__ import inspect, main
-from pruning_core.report import GroupRow, LayerRow, Report
+from pruning_core.cli.main import inspect, main
+from pruning_core.masks.report import LayerSparsity, PrunerSparsity, SparsityReport
 
 ROOT = Path(__file__).parent.parent
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -125,13 +125,15 @@ def test_the_numbers_of_a_live_report_are_counted_from_the_weights():
 
 
 def test_metrics_are_printed():
-    report = Report(None, (), (), 10, 4, {"before": 0.5, "after": 0.25})
+    report = SparsityReport(None, (), (), 10, 4, {"before": 0.5, "after": 0.25})
     assert str(report) == "model: 4 of 10 parameters are zero, 40.00%\nmetric: before 0.5, after 0.25"
 
 
 def test_nothing_is_divided_by_nothing():
-    empty = LayerRow("a", "Linear", (0, 4), 0, 0)
-    report = Report(3, (GroupRow("title", 0.5, 0.5, (empty,)), GroupRow("none", 0.5, 0.0, ())), (empty,), 0, 0)
+    empty = LayerSparsity("a", "Linear", (0, 4), 0, 0)
+    report = SparsityReport(
+        3, (PrunerSparsity("title", 0.5, 0.5, (empty,)), PrunerSparsity("none", 0.5, 0.0, ())), (empty,), 0, 0
+    )
     assert report.sparsity == empty.reached == report.groups[0].reached == 0.0
     assert "reached 0.00%: 0 of 0 weights are zero" in str(report)
 
@@ -180,7 +182,7 @@ def test_to_dict_is_json():
     ids=lambda value: type(value).__name__,
 )
 def test_whatever_an_evaluation_returns_is_json(metric, plain):
-    report = Report(None, (), (), 1, 0, {"before": metric})
+    report = SparsityReport(None, (), (), 1, 0, {"before": metric})
     assert json.loads(json.dumps(report.to_dict()))["metrics"] == {"before": plain}
 
 
@@ -211,9 +213,11 @@ def size_of_png(path: Path) -> tuple[int, int]:
     return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
 
 
-def long_report(layers: int) -> Report:
-    rows = tuple(LayerRow(f"layer.{i}.weight", "Linear", (4, 4), 16, i % 17, "4x1", 0.5) for i in range(layers))
-    return Report(5, (GroupRow("pruner", 0.5, 0.5, rows),) if rows else (), rows[:2], 16 * layers, 8 * layers)
+def long_report(layers: int) -> SparsityReport:
+    rows = tuple(LayerSparsity(f"layer.{i}.weight", "Linear", (4, 4), 16, i % 17, "4x1", 0.5) for i in range(layers))
+    return SparsityReport(
+        5, (PrunerSparsity("pruner", 0.5, 0.5, rows),) if rows else (), rows[:2], 16 * layers, 8 * layers
+    )
 
 
 def test_the_picture_is_a_png_that_grows_with_the_layers(tmp_path):

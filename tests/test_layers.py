@@ -82,12 +82,12 @@ def test_imports_point_down():
 @pytest.mark.parametrize(
     ("file", "name"),
     [
-        ("budget.py", "pruning_core.masks.driver"),
+        ("budget.py", "pruning_core.masks.pruning"),
         ("masks/basic.py", "pruning_core.channels.plan"),
         ("criteria.py", "ultralytics"),
         ("config.py", "transformers.pytorch_utils"),
-        ("patterns.py", "pruning_core.config"),
-        ("__init__.py", "pruning_core.trainer_callback"),
+        ("patterns.py", "pruning_core.masks.config"),
+        ("__init__.py", "pruning_core.integrations.transformers.callback"),
         ("trainer_callback.py", "lightning"),
     ],
 )

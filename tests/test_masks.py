@@ -204,9 +204,9 @@ def test_scores_are_dropped_when_they_no_longer_matter():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with Pruning({"end_step": 4}).attach(model, optimizer) as pruner:
         train(model, optimizer, range(3))
-        assert all(weight.score is not None for weight in pruner.groups[0].weights)
+        assert all(weight.score is not None for weight in pruner._groups[0].weights)
         train(model, optimizer, range(3, 6))
-        assert all(weight.score is None for weight in pruner.groups[0].weights)
+        assert all(weight.score is None for weight in pruner._groups[0].weights)
 
 
 def test_last_step_criteria_gather_only_just_before_a_change(monkeypatch):

@@ -33,7 +33,7 @@ def test_02_no_default_is_shared():
     options = {"excluded_op_names": []}
     for _ in range(2):
         _, pruner = pruned(options)
-        assert len(pruner.groups[0].weights) == 4
+        assert len(pruner._groups[0].weights) == 4
     assert options == {"excluded_op_names": []}
     assert WeightPruningConfig().pruners[0].excluded_op_names == []
 

@@ -23,7 +23,7 @@ GOLDEN = [  # (schedule, progress, share of a target of 0.8)
 
 @pytest.mark.parametrize(("name", "progress", "share"), GOLDEN)
 def test_golden_rows(name, progress, share):
-    assert SCHEDULES[name]().share(progress, 0.8) == pytest.approx(share, abs=1e-12)
+    assert SCHEDULES[name]().sparsity(progress, 0.8) == pytest.approx(share, abs=1e-12)
 
 
 def test_every_schedule_has_golden_rows():
@@ -34,9 +34,9 @@ def test_every_schedule_has_golden_rows():
 @given(st.floats(0, 0.99), st.lists(st.floats(0, 1), min_size=2))
 def test_a_schedule_starts_at_zero_ends_at_the_target_and_never_falls(name, target, progress):
     schedule = SCHEDULES[name]()
-    assert schedule.share(0, target) == pytest.approx(0, abs=1e-12)
-    assert schedule.share(1, target) == pytest.approx(target, abs=1e-12)
-    shares = [schedule.share(p, target) for p in sorted(progress)]
+    assert schedule.sparsity(0, target) == pytest.approx(0, abs=1e-12)
+    assert schedule.sparsity(1, target) == pytest.approx(target, abs=1e-12)
+    shares = [schedule.sparsity(p, target) for p in sorted(progress)]
     assert all(a <= b + 1e-12 for a, b in pairwise(shares))
 
 
@@ -77,11 +77,11 @@ def test_last_due_is_the_latest_due_step_so_far(start, length, frequency, step):
 @pytest.mark.parametrize("name", list(SCHEDULES))
 def test_the_share_at_the_end_is_the_target_itself(name):
     timetable = table(0, 7, 2, name)
-    assert timetable.share(7) == 0.8
-    assert timetable.share(1000) == 0.8
-    assert timetable.share(0) == pytest.approx(0)
+    assert timetable.sparsity(7) == 0.8
+    assert timetable.sparsity(1000) == 0.8
+    assert timetable.sparsity(0) == pytest.approx(0)
 
 
 def test_one_shot_goes_from_nothing_to_the_target():
     timetable = table(5, 5, 1)
-    assert [timetable.share(4), timetable.share(5), timetable.share(6)] == [0.0, 0.8, 0.8]
+    assert [timetable.sparsity(4), timetable.sparsity(5), timetable.sparsity(6)] == [0.0, 0.8, 0.8]

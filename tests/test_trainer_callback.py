@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from pruning_core import Pruning, checkpoint
-from pruning_core.report import Report
-from pruning_core.trainer_callback import PruningCallback
+from pruning_core.integrations.transformers.callback import PruningCallback
+from pruning_core.masks.report import SparsityReport
 
 CONFIG = {"pattern": "1x1", "target_sparsity": 0.8, "pruning_frequency": 2}
 WINDOW = {"warmup": 0.1, "cooldown": 0.3}
@@ -45,7 +45,7 @@ def _short_collections():
 @pytest.fixture(autouse=True)
 def _no_picture(request, monkeypatch):
     if "report" not in request.node.name and "matplotlib" not in request.node.name:
-        monkeypatch.setattr(Report, "plot", lambda self, path: None)
+        monkeypatch.setattr(SparsityReport, "plot", lambda self, path: None)
 
 
 class Net(nn.Module):

@@ -110,7 +110,7 @@ def test_seed_000_selects_what_it_says(write):
     pruner = Pruning(str(write(NEURAL_COMPRESSOR_YAML)))
     pruner.model = model
     pruner.on_train_begin()
-    selected = [[weight.target.layer for weight in group.weights] for group in pruner.groups]
+    selected = [[weight.target.layer for weight in group.weights] for group in pruner._groups]
     assert selected == [["model.0", "model.2.m"], ["model.2.cv1", "model.2.cv2", "model.33.cv3"]]
 
 

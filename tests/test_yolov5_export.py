@@ -16,7 +16,7 @@ from yolov5_app import main as train
 from apps.yolov5 import ultralytics_adapter as adapter
 from apps.yolov5.export import main, parser
 from data.shapes_detection import make
-from pruning_core.export import load_sparse, save_sparse
+from pruning_core.sparse_format import load_sparse, save_sparse
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from apps.common.errors import BadInput
-from pruning_core import Pruning, WeightPruningConfig
-from pruning_core.options import LOCK
+from pruning_core import PrunerOptions, Pruning, WeightPruningConfig
 
 
 def read_recipe(source: Any, flags: Mapping[str, tuple[str, Any]] | None = None) -> WeightPruningConfig:
@@ -64,9 +63,9 @@ def begin_pruning(
     return pruner
 
 
-def _with_steps(options: Any, window: tuple[int, int], frequency: int | None) -> dict[str, Any]:
+def _with_steps(options: PrunerOptions, window: tuple[int, int], frequency: int | None) -> dict[str, Any]:
     chosen: dict[str, Any] = options.model_dump(exclude_unset=True)
-    if options.pruning_type != LOCK:
+    if options.kind != "pattern_lock":
         chosen |= {"start_step": window[0], "end_step": window[1]}
         if frequency is not None:
             chosen.setdefault("pruning_frequency", frequency)
@@ -89,16 +88,6 @@ def end_pruning(pruner: Pruning, say: Callable[[str], None]) -> None:
         pruner.on_train_end()
     for warning in caught:
         say(str(warning.message))
-
-
-def target_reached(pruner: Pruning) -> bool:
-    return all(group.done for group in pruner.groups)
-
-
-def asked(pruner: Pruning) -> float:
-    """The share of zeros asked for at this step, over all weights that take part."""
-    total = sum(group.total for group in pruner.groups)
-    return sum(group.share(pruner.step) * group.total for group in pruner.groups) / total
 
 
 def reached(pruner: Pruning, model: nn.Module) -> float:

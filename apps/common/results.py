@@ -7,7 +7,7 @@ from pathlib import Path
 
 from apps.common.run_folder import ResultsTable
 from pruning_core.checkpoint import write_atomically
-from pruning_core.report import Report
+from pruning_core.masks.report import SparsityReport
 
 ASKED, REACHED = "sparsity/asked", "sparsity/reached"
 TRAIN = "train/"
@@ -37,7 +37,7 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def write_report(report: Report, folder: Path, *, plots: bool = True) -> None:
+def write_report(report: SparsityReport, folder: Path, *, plots: bool = True) -> None:
     """The table of every layer, as text, JSON and a picture."""
     report.save_json(folder / "pruning_report.json")
     report.save_markdown(folder / "pruning_report.md")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from apps.common.arguments import plain
-from apps.common.pruning import asked, reached
+from apps.common.pruning import reached
 from apps.common.results import ASKED, REACHED, duration, epochs_of, plot_curves, share, text_table, write_report
 from apps.common.run_folder import ResultsTable, new_folder
 from apps.common.yaml_file import write_yaml
@@ -53,12 +53,10 @@ def introduce(run: Run, folder: Path) -> None:
     )
     if run.pruner is not None:
         window = f"steps {timeline.pruning_starts} to {timeline.pruning_ends}"
-        targets = ", ".join(
-            f"{group.options.target_sparsity:.0%} in {group.options.pattern}" for group in run.pruner.groups
-        )
+        targets = ", ".join(f"{config.target_sparsity:.0%} in {config.pattern}" for config, _, _ in run.pruner.pruners)
         ranks.say(f"pruning {targets} in {window}, then {epochs_of(options.cooldown_epochs)} with fixed masks")
-        layers = sum(len(group.weights) for group in run.pruner.groups)
-        weights = sum(group.total for group in run.pruner.groups)
+        layers = sum(len(names) for _, names, _ in run.pruner.pruners)
+        weights = sum(total for _, _, total in run.pruner.pruners)
         ranks.say(f"{layers} layers take part, {weights:,} weights")
     if run.distillation is not None:
         ranks.say(f"learning from {options.teacher_weights or options.weights} as well ({options.dist_loss})")
@@ -80,7 +78,7 @@ def row_of(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
     row.update({name: value for name, value in metrics.items() if name != "fitness"})
     row.update({f"lr/{group['kind']}": group["lr"] for group in run.optimizer.param_groups})
     if run.pruner is not None:
-        row[ASKED], row[REACHED] = asked(run.pruner), reached(run.pruner, run.ema.ema)
+        row[ASKED], row[REACHED] = run.pruner.asked, reached(run.pruner, run.ema.ema)
         row["pruner_step"] = run.pruner.step
     return row
 
@@ -123,7 +121,7 @@ def status(run: Run, seconds: float) -> str:
     loss = sum(float(value) for value in progress.sums.values()) / progress.batch
     parts = [f"epoch {progress.epoch + 1}/{timeline.epochs}", f"loss {loss:.3g}"]
     if run.pruner is not None:
-        parts.append(f"sparsity {asked(run.pruner):.1%}")
+        parts.append(f"sparsity {run.pruner.asked:.1%}")
     if run.ranks.device.type == "cuda":
         parts.append(f"GPU {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB")
     return "  ".join([*parts, f"{duration(left)} left"])

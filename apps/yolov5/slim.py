@@ -14,7 +14,7 @@ from apps.yolov5.export import free_path
 
 # The core's names, written again so that --help and typing mistakes are answered before torch is imported.
 KINDS = ("params", "macs", "channels", "latency")
-IMPORTANCES = ("magnitude", "l1", "bn_scale", "geometric_median", "random")
+CRITERIA = ("l2", "magnitude", "bn_scale", "geometric_median", "random")
 EXAMPLES = """examples:
   python apps/yolov5/slim.py runs/train/exp/weights/best.pt --budget macs=0.5           writes best.slim.pt
   python apps/yolov5/train_prune.py --data data.yaml --weights best.slim.pt --epochs 50  trains it on
@@ -25,7 +25,7 @@ def parser() -> Parser:
     made = Parser(description=__doc__ or "", epilog=EXAMPLES)
     made.add_argument("path", type=Path, help="a .pt checkpoint")
     made.add_argument("--budget", type=budget, default=("macs", 0.5), help="what is left (macs=0.5)")
-    made.add_argument("--importance", choices=IMPORTANCES, default=IMPORTANCES[0], help="(magnitude)")
+    made.add_argument("--criterion", choices=CRITERIA, default=CRITERIA[0], help="what a channel is worth (l2)")
     made.add_argument("--scope", choices=("global", "local"), default="global", help="rank all together, or each group")
     made.add_argument("--round-to", type=count(1), default=8, metavar="N", help="leave multiples of N channels (8)")
     made.add_argument("--img", type=count(32), default=640, help="image size, for the budget (640)")
@@ -61,9 +61,8 @@ def main(options: argparse.Namespace) -> int:
 def slim(options: argparse.Namespace, out: Path) -> str:
     import torch
 
+    import pruning_core as pc
     from apps.yolov5 import ultralytics_adapter as adapter
-    from pruning_core.channels import ChannelReport, plan_channels
-    from pruning_core.graph import ChannelGraph, slim_
 
     model = adapter.load_model(options.path, "path")
     stride = adapter.largest_stride(model)
@@ -71,21 +70,18 @@ def slim(options: argparse.Namespace, out: Path) -> str:
         raise BadInput(f"--img: must be a multiple of {stride}, got {options.img}")
     content = adapter.content_of(options.path)
     example = torch.rand(1, 3, options.img, options.img, generator=torch.Generator().manual_seed(0))
-    graph = ChannelGraph.trace(model, example)
-    plan = plan_channels(
-        graph,
+    done = pc.slim(
+        model,
         dict([options.budget]),
-        importance=options.importance,
+        example,
+        criterion=options.criterion,
         scope=options.scope,
         round_to=options.round_to,
-        example_inputs=example,
     )
-    report = ChannelReport.of(graph, plan)
-    done = slim_(model, plan, example_inputs=example)
     adapter.save_model(model, out, arguments=content.get("train_args") or {}, metrics={}, epoch=-1)
     if options.plot:
-        report.plot(options.plot)
-    return f"{report}\n{done}\n{out}: ultralytics.YOLO loads it; train it on with train_prune.py --weights {out}"
+        done.report.plot(options.plot)
+    return f"{done}\n{out}: ultralytics.YOLO loads it; train it on with train_prune.py --weights {out}"
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from apps.common import ranks as processes
 from apps.common.errors import BadInput
 from apps.common.interrupt import Interrupt
-from apps.common.pruning import asked, end_pruning, reached, target_reached
+from apps.common.pruning import end_pruning, reached
 from apps.common.results import duration, epochs_of
 from apps.common.run_folder import ResultsTable
 from apps.yolov5 import results
@@ -212,9 +212,9 @@ def judge(run: Run, metrics: dict[str, float], folder: Path, table: ResultsTable
 
 def contest(run: Run) -> tuple[str, dict[str, float]]:
     """The file that this epoch's model may become, and the record of what is in it."""
-    if run.pruner is None or target_reached(run.pruner):
+    if run.pruner is None or run.pruner.done:
         return "best.pt", run.progress.best
-    if asked(run.pruner) == 0:
+    if run.pruner.asked == 0:
         return "best_dense.pt", run.progress.best_dense
     return "", {}
 
@@ -238,7 +238,7 @@ def finish(run: Run, evaluator: adapter.Evaluator, folder: Path, table: ResultsT
             source = Path(run.options.weights)
             size = source.stat().st_size if source.is_file() else 0
             rows.append((f"dense ({source.name})", progress.dense_metrics, None, None, size))
-        shares = asked(run.pruner), reached(run.pruner, model)
+        shares = run.pruner.asked, reached(run.pruner, model)
         rows.append((f"sparse ({shipped.name})", metrics, *shares, shipped.stat().st_size))
         results.report(run, run.pruner, metrics, folder)
     if not run.options.noplots:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from apps.common.errors import BadInput
-from apps.common.pruning import asked, end_pruning, read_recipe, target_reached
+from apps.common.pruning import end_pruning, read_recipe
 from apps.yolov5 import ultralytics_adapter as adapter
 from apps.yolov5.pruning import begin_pruning
 from apps.yolov5.timeline import check_epochs
@@ -75,7 +75,7 @@ class PruningTrainer(adapter.Trainer):
 
     def validate(self) -> Any:
         self.pruner.mask_(self.ema.ema)
-        if target_reached(self.pruner) and not self._chosen_after_target:
+        if self.pruner.done and not self._chosen_after_target:
             self._chosen_after_target = True
             self.best_fitness = None  # what was best before was not sparse yet
             self.stopper.best_fitness, self.stopper.best_epoch = 0.0, self.epoch
@@ -83,8 +83,8 @@ class PruningTrainer(adapter.Trainer):
 
     def save_model(self) -> bool:
         saved = super().save_model()
-        if not target_reached(self.pruner) and self.best.exists():
-            if asked(self.pruner) == 0:
+        if not self.pruner.done and self.best.exists():
+            if self.pruner.asked == 0:
                 self.best.replace(self.wdir / "best_dense.pt")
             else:
                 self.best.unlink()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pruning_core.graph import GraphError
-from pruning_core.graph.tracing import Inputs, untouched
+from pruning_core.graph.inputs import Inputs, untouched
 
 BATCH = 2
 SIZES = {1: (64, 256), 2: (64, 224, 32, 28, 128, 256), 3: (16, 32)}

@@ -1,100 +1,75 @@
-"""Chooses what goes: the least important channels, until a budget is met."""
+"""Chooses what goes: the channels with the lowest scores, until a budget is met."""
 
 from __future__ import annotations
 
 import copy
-import fnmatch
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pruning_core.channels.importance import IMPORTANCES, Data, ToLoss, unit_scores
-from pruning_core.cost import ratio
+from pruning_core.channels.options import GroupLimits, read_options
+from pruning_core.channels.scores import Data, ToLoss, unit_scores
+from pruning_core.criteria import CRITERIA
 from pruning_core.graph import ChannelGraph, GraphError, Plan, slim_
-from pruning_core.graph.groups import Group
-from pruning_core.graph.tracing import as_inputs
+from pruning_core.latency import relative_latency
 
 BUDGETS = ("channels", "params", "macs", "latency")
 GIVE_BACK = 200
 Removed = dict[str, list[int]]
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How far a group may be cut, and to which sizes."""
-
-    round_to: int = 1
-    max_share: float = 0.95
-    layers: Mapping[str, float] = field(default_factory=dict)
-
-    def most(self, group: Group) -> int:
-        """How many channels of a group may go. Patterns match any of its tensors; the last that matches counts."""
-        share = self.max_share
-        for pattern, value in self.layers.items():
-            if any(fnmatch.fnmatch(axis.tensor, pattern) for axis in group.axes):
-                share = value
-        return min(int(len(group) * share), len(group) - 1)
-
-    def rounded(self, group: Group, count: int) -> int:
-        """The largest number not above ``count`` that leaves a multiple of ``round_to``, in rows of the first axis."""
-        rows = len(group.slices[0][group.axes[0]])
-        count = min(count, self.most(group))
-        while count and ((len(group) - count) * rows) % self.round_to:
-            count -= 1
-        return count
-
-
 def plan_channels(
     graph: ChannelGraph,
     budget: Mapping[str, float],
     *,
-    importance: str = "magnitude",
+    criterion: str = "l2",
     scope: str = "global",
     round_to: int = 1,
-    max_share: float = 0.95,
-    layers: Mapping[str, float] | None = None,
+    limits: float | Mapping[str, Any] = 0.95,
+    op_names: Sequence[str] = (),
+    excluded_op_names: Sequence[str] = (),
+    pruning_op_types: Sequence[str] = ("Conv", "Linear"),
     batches: Iterable[Any] = (),
     to_loss: ToLoss | None = None,
-    example_inputs: Any = None,
     seed: int = 0,
 ) -> Plan:
-    """A plan that leaves at most this share of one cost: ``{"macs": 0.5}``, ``params``, ``latency`` or ``channels``.
+    """A plan that leaves at most this share of one cost: ``{"macs": 0.5}``, ``params``, ``channels`` or ``latency``.
 
-    ``scope="global"`` ranks all channels together, ``"local"`` takes the same share of every group. ``layers`` maps
-    patterns of parameter names to the largest share of their channels that may go (0 keeps them whole). ``latency`` is
-    measured on ``example_inputs``, beside the dense model.
+    ``criterion``: a name from ``CRITERIA``; those with gradients or activations need ``batches`` and
+    ``to_loss(model, batch)``. ``scope="global"`` ranks all channels together, ``"local"`` takes the same share of every
+    group. ``round_to``: what is left of a group is a multiple of it. ``limits``: the share of a group that may go, for
+    all (0.95), or by name (``re.search``) as most or [least, most]: ``{"stem": 0, "head": [0.2, 0.5]}``. ``op_names``,
+    ``excluded_op_names``, ``pruning_op_types``: layers, as in ``WeightPruningConfig``. ``latency`` is measured on the
+    graph's example, beside the dense model.
     """
-    limits = Limits(round_to, max_share, layers or {})
-    _check(graph, budget, scope, limits)
-    scores = unit_scores(graph, IMPORTANCES[importance](seed), Data(batches, to_loss))
-    order = ordered(graph, scores, scope)
-    ((kind, share),) = budget.items()
-    cost = _cost_of(graph, kind, example_inputs)
-    return graph.plan(_Search(graph, limits, scores, order, cost, kind, share).run())
+    options = read_options(
+        criterion=criterion,
+        scope=scope,
+        round_to=round_to,
+        limits=limits,
+        op_names=list(op_names) if not isinstance(op_names, str) else op_names,
+        excluded_op_names=list(excluded_op_names) if not isinstance(excluded_op_names, str) else excluded_op_names,
+        pruning_op_types=list(pruning_op_types) if not isinstance(pruning_op_types, str) else pruning_op_types,
+        seed=seed,
+    )
+    kind, left = read_budget(budget)
+    room = GroupLimits(graph, options)
+    scores = unit_scores(graph, CRITERIA[options.criterion](options.seed), Data(batches, to_loss))
+    order = ordered(graph, scores, options.scope)
+    return graph.plan(_Search(graph, room, scores, order, _cost_of(graph, kind), kind, left).run())
 
 
-def _check(graph: ChannelGraph, budget: Mapping[str, float], scope: str, limits: Limits) -> None:
-    if len(budget) != 1 or next(iter(budget)) not in BUDGETS:
-        raise GraphError(f"budget: is one of {', '.join(BUDGETS)}, got {dict(budget)}; for example {{'macs': 0.5}}")
-    share = next(iter(budget.values()))
-    if not 0 < share <= 1:
-        raise GraphError(f"budget: is the share that is left, above 0 and at most 1, got {share}; for example 0.5")
-    if scope not in ("global", "local"):
-        raise GraphError(f"scope: is global or local, got {scope!r}; choose one")
-    if limits.round_to < 1 or not 0 <= limits.max_share <= 1:
-        raise GraphError(
-            f"round_to, max_share: must be at least 1 and within 0 and 1, got {limits.round_to} and {limits.max_share}"
-        )
-    names = [axis.tensor for group in graph.groups.values() for axis in group.axes]
-    for pattern, value in limits.layers.items():
-        if not any(fnmatch.fnmatch(name, pattern) for name in names):
-            raise GraphError(
-                f"layers: matches no parameter with channels that can go, got {pattern!r}; see graph.groups"
-            )
-        if not 0 <= value <= 1:
-            raise GraphError(f"layers: {pattern} takes a share from 0 to 1, got {value}")
+def read_budget(budget: Mapping[str, float]) -> tuple[str, float]:
+    """(kind, the share that is left), checked."""
+    if not isinstance(budget, Mapping) or len(budget) != 1 or next(iter(budget)) not in BUDGETS:
+        got = dict(budget) if isinstance(budget, Mapping) else budget
+        raise GraphError(f"budget: is one of {', '.join(BUDGETS)}, got {got!r}; for example {{'macs': 0.5}}")
+    ((kind, left),) = budget.items()
+    if isinstance(left, bool) or not isinstance(left, int | float) or not 0 < left <= 1:
+        raise GraphError(f"budget: is the share that is left, above 0 and at most 1, got {left!r}; for example 0.5")
+    return kind, left
 
 
 def ordered(graph: ChannelGraph, scores: Mapping[int, float], scope: str) -> list[int]:
@@ -109,7 +84,7 @@ def ordered(graph: ChannelGraph, scores: Mapping[int, float], scope: str) -> lis
     return sorted(place, key=lambda unit: (place[unit], unit))
 
 
-def _cost_of(graph: ChannelGraph, kind: str, example_inputs: Any) -> Callable[[Removed], float]:
+def _cost_of(graph: ChannelGraph, kind: str) -> Callable[[Removed], float]:
     """The share of a cost that is left."""
     if kind == "params":
         return lambda removed: graph.params(removed) / graph.params()
@@ -118,35 +93,35 @@ def _cost_of(graph: ChannelGraph, kind: str, example_inputs: Any) -> Callable[[R
     if kind == "channels":
         total = sum(len(group) for group in graph.groups.values())
         return lambda removed: 1 - sum(map(len, removed.values())) / max(total, 1)
-    if example_inputs is None:
-        raise GraphError("example_inputs: a latency is measured on them, got none; give what model(...) takes")
-    return lambda removed: latency(graph, removed, example_inputs)
+    return lambda removed: latency(graph, removed)
 
 
-def latency(graph: ChannelGraph, removed: Removed, example_inputs: Any) -> float:
-    """The time of one forward pass of a cut copy, beside the dense model's."""
+def latency(graph: ChannelGraph, removed: Removed) -> float:
+    """The time of one forward pass of a cut copy on the graph's example, relative to the dense model's."""
     dense, slim = graph.model, copy.deepcopy(graph.model).eval()
-    slim_(slim, graph.plan(removed), example_inputs=example_inputs)
-    args, kwargs = as_inputs(example_inputs)
+    slim_(slim, graph.plan(removed))
+    args, kwargs = graph.example
     mode = dense.training
     dense.eval()
     try:
         with torch.inference_mode():
-            return ratio(lambda: slim(*args, **kwargs), lambda: dense(*args, **kwargs))
+            return relative_latency(lambda: slim(*args, **kwargs), lambda: dense(*args, **kwargs))
     finally:
         dense.train(mode)
 
 
-def removed_of(graph: ChannelGraph, limits: Limits, scores: Mapping[int, float], units: Iterable[int]) -> Removed:
-    """What goes when these units may: within the limits, rounded, and balanced."""
-    by_group: Removed = {}
-    for unit in units:
+def removed_of(room: GroupLimits, scores: Mapping[int, float], order: Sequence[int], count: int) -> Removed:
+    """What goes when the first ``count`` units of a ranking may: within the limits, rounded, and balanced.
+
+    A group that must lose more than its share of them loses its own next channels.
+    """
+    graph, ranked, counts = room.graph, dict[str, list[int]](), dict[str, int]()
+    for i, unit in enumerate(order):
         name, channel = graph.where[unit]
-        by_group.setdefault(name, []).append(channel)
-    for name, channels in by_group.items():
-        group = graph.groups[name]
-        by_group[name] = channels[: limits.rounded(group, len(channels))]
-    return graph.restored(by_group, scores)
+        ranked.setdefault(name, []).append(channel)
+        counts[name] = counts.get(name, 0) + (i < count)
+    removed = {name: each[: room.rounded(graph.groups[name], counts[name])] for name, each in ranked.items()}
+    return graph.restored({name: channels for name, channels in removed.items() if channels}, scores)
 
 
 @dataclass
@@ -154,29 +129,29 @@ class _Search:
     """Bisection over how many units go, then some are given back while the budget allows it."""
 
     graph: ChannelGraph
-    limits: Limits
+    room: GroupLimits
     scores: Mapping[int, float]
     order: list[int]
     cost: Callable[[Removed], float]
     kind: str
-    share: float
+    left: float
 
     def run(self) -> Removed:
         least = self.cost(self.removed(len(self.order)))
-        if least > self.share:
+        if least > self.left:
             raise GraphError(
-                f"budget: cannot be met, got {self.kind} {self.share}; from {least:.3f} to 1 can be reached with these "
+                f"budget: cannot be met, got {self.kind} {self.left}; from {least:.3f} to 1 can be reached with these "
                 "limits"
             )
         low, high = 0, len(self.order)
         while high - low > max(1, len(self.order) // 64 if self.kind == "latency" else 1):
             middle = (low + high) // 2
-            low, high = (low, middle) if self.cost(self.removed(middle)) <= self.share else (middle, high)
+            low, high = (low, middle) if self.cost(self.removed(middle)) <= self.left else (middle, high)
         found = self.removed(high)
-        return found if self.kind == "latency" or self.limits.round_to > 1 else self.given_back(found)
+        return found if self.kind == "latency" or self.room.round_to > 1 else self.given_back(found)
 
     def removed(self, count: int) -> Removed:
-        return removed_of(self.graph, self.limits, self.scores, self.order[:count])
+        return removed_of(self.room, self.scores, self.order, count)
 
     def given_back(self, removed: Removed) -> Removed:
         """The most important of what went, one by one, while the budget is kept."""
@@ -185,6 +160,6 @@ class _Search:
         for unit in sorted(units - balanced.keys(), key=lambda each: -self.scores[each])[:GIVE_BACK]:
             name, channel = self.graph.where[unit]
             less = {**removed, name: [i for i in removed[name] if i != channel]}
-            if self.cost(less) <= self.share:
+            if self.cost(less) <= self.left and len(less[name]) >= self.room.bounds(self.graph.groups[name])[0]:
                 removed = less
         return {name: channels for name, channels in removed.items() if channels}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,15 +11,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from pruning_core.channels.importance import IMPORTANCES, Data, ToLoss, own_gradients, unit_scores
-from pruning_core.channels.planner import Limits, Removed, ordered, removed_of
+from pruning_core.channels.options import GroupLimits, read_options
+from pruning_core.channels.planner import Removed, ordered, removed_of
+from pruning_core.channels.scores import Data, ToLoss, own_gradients, unit_scores
+from pruning_core.criteria import CRITERIA
 from pruning_core.graph import ChannelGraph, GraphError, Slimmed, slim_
-from pruning_core.graph.tracing import Inputs
+from pruning_core.graph.inputs import Inputs
 
 
 class Pruner:
     """``rebuild_model`` in the training loop takes the least important channels out of model and optimizer.
 
+    ``criterion``, ``round_to``, ``limits``, ``op_names``, ``excluded_op_names``: as in ``plan_channels``.
     ``distributed``: the model trains on several ranks, each calling ``rebuild_model`` at the same step with a batch of
     its own. Scores are averaged, all ranks remove the same channels, and a ``DistributedDataParallel`` around the
     model is made ready for its new parameters.
@@ -30,16 +33,22 @@ class Pruner:
         model: nn.Module,
         distributed: bool = False,
         *,
-        importance: str = "taylor",
+        criterion: str = "taylor",
         round_to: int = 1,
-        max_share: float = 0.95,
-        layers: Mapping[str, float] | None = None,
+        limits: float | Mapping[str, Any] = 0.95,
+        op_names: Sequence[str] = (),
+        excluded_op_names: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.inner = model.module if isinstance(model, DistributedDataParallel) else model
         self.distributed = distributed
-        self.importance = IMPORTANCES[importance]
-        self.limits = Limits(round_to, max_share, layers or {})
+        self.options = read_options(
+            criterion=criterion,
+            round_to=round_to,
+            limits=limits,
+            op_names=op_names,
+            excluded_op_names=excluded_op_names,
+        )
         if distributed and not torch.distributed.is_initialized():
             raise GraphError("distributed: there is no process group, got True; start one first, or give False")
 
@@ -53,10 +62,11 @@ class Pruner:
             raise GraphError(f"prune_num: must be at least 1, got {prune_num}")
         example = self._example(batch, to_loss_fn)
         graph = ChannelGraph.trace(self.inner, example)
-        scores = unit_scores(graph, self.importance(), Data([batch], lambda _, each: self._loss(to_loss_fn, each)))
+        criterion = CRITERIA[self.options.criterion](self.options.seed)
+        scores = unit_scores(graph, criterion, Data([batch], lambda _, each: self._loss(to_loss_fn, each)))
         scores = self._averaged(scores)
         plan = graph.plan(self._chosen(graph, scores, prune_num))
-        done = slim_(self.inner, plan, example_inputs=example, optimizer=optimizer)
+        done = slim_(self.inner, plan, optimizer=optimizer)
         if isinstance(self.model, DistributedDataParallel):
             renew(self.model)
         return done
@@ -95,8 +105,8 @@ class Pruner:
 
     def _chosen(self, graph: ChannelGraph, scores: Mapping[int, float], prune_num: int) -> Removed:
         """The longest beginning of the ranking with at most so many channels in it."""
-        order = ordered(graph, scores, "global")
-        most = removed_of(graph, self.limits, scores, order)
+        order, room = ordered(graph, scores, "global"), GroupLimits(graph, self.options)
+        most = removed_of(room, scores, order, len(order))
         if _count(most) < prune_num:
             raise GraphError(
                 f"prune_num: only {_count(most)} channels of this model can go within these limits, got {prune_num}"
@@ -104,9 +114,9 @@ class Pruner:
         low, high = prune_num, len(order)
         while low < high:
             middle = (low + high + 1) // 2
-            fits = _count(removed_of(graph, self.limits, scores, order[:middle])) <= prune_num
+            fits = _count(removed_of(room, scores, order, middle)) <= prune_num
             low, high = (middle, high) if fits else (low, middle - 1)
-        chosen = removed_of(graph, self.limits, scores, order[:low])
+        chosen = removed_of(room, scores, order, low)
         if not _count(chosen):
             raise GraphError(
                 f"prune_num: so few channels leave no piece of a chunk or no rounded size, got {prune_num}; give more"

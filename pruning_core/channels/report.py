@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from pruning_core.checkpoint import write_atomically
 from pruning_core.graph import ChannelGraph, Plan
-from pruning_core.graph.labels import Axis
+from pruning_core.graph.couple.groups import Removed
+from pruning_core.graph.trace.labels import Axis
+from pruning_core.report import Bars, Report, text_table
 
-Removed = Mapping[str, Iterable[int]]
+COLUMNS = ("layer", "shape", "channels", "kept", "stays because")
 LONGEST = 60
 
 
 @dataclass(frozen=True)
-class LayerRow:
+class LayerChannels:
     """One weight's output channels. ``stays`` says how many can never go, and the commonest reason."""
 
     name: str
@@ -30,7 +29,7 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
-class GroupRow:
+class GroupChannels:
     """Channels that go together: how many there are and stay, and the weights that they run through."""
 
     name: str
@@ -40,14 +39,19 @@ class GroupRow:
 
 
 @dataclass(frozen=True)
-class ChannelReport:
-    """``ChannelReport.of(graph, plan)``; ``print`` it, or ``to_dict``, ``save_json``, ``plot``."""
+class ChannelReport(Report):
+    """``ChannelReport.of(graph, plan)``; ``print`` it, or ``to_dict``, ``save_json``, ``save_markdown``, ``plot``.
 
-    layers: tuple[LayerRow, ...]
-    groups: tuple[GroupRow, ...]
+    ``params`` and ``macs``: before and after.
+    """
+
+    layers: tuple[LayerChannels, ...]
+    groups: tuple[GroupChannels, ...]
     params: tuple[int, int]
     macs: tuple[int, int]
     notes: tuple[str, ...]
+
+    title = "Channel report"
 
     @classmethod
     def of(cls, graph: ChannelGraph, plan: Plan | None = None) -> ChannelReport:
@@ -63,53 +67,32 @@ class ChannelReport:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def save_json(self, path: str | Path) -> None:
-        text = json.dumps(self.to_dict(), indent=2) + "\n"
-        write_atomically(path, lambda file: file.write(text.encode()))
-
     def __str__(self) -> str:
-        rows = [("layer", "shape", "channels", "kept", "stays because")]
+        rows = []
         for row in self.layers:
             because = f"{row.stays}: {row.why}" if row.stays else ""
-            rows.append((row.name, "x".join(map(str, row.shape)), str(row.channels), str(row.kept), because[:LONGEST]))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {channels:>{widths[2]}}  {kept:>{widths[3]}}  {why}".rstrip()
-            for name, shape, channels, kept, why in rows
-        ]
+            shape = "x".join(map(str, row.shape))
+            rows.append((row.name, shape, str(row.channels), str(row.kept), because[:LONGEST]))
         free = sum(group.channels for group in self.groups)
-        lines.append(f"{free:,} channels in {len(self.groups)} groups can go")
+        lines = [
+            text_table(COLUMNS, rows, right=("channels", "kept")),
+            f"{free:,} channels in {len(self.groups)} groups can go",
+        ]
         for what, (before, after) in (("parameters", self.params), ("multiply-adds", self.macs)):
             lines.append(f"{what}: {before:,} -> {after:,}, {after / max(before, 1):.1%} are left")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
-    def plot(self, path: str | Path) -> None:
-        """A bar per layer: the channels that are kept, over those that there were."""
-        try:
-            from matplotlib.figure import Figure
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("plot: needs matplotlib; pip install matplotlib") from error
-
-        rows = self.layers
-        figure = Figure(figsize=(8, min(1.6 + 0.2 * len(rows), 500)), layout="constrained")
-        axes = figure.subplots()
-        places = range(len(rows))
-        axes.barh(places, [row.channels for row in rows], color="0.9", height=0.8, label="before")
-        axes.barh(places, [row.kept for row in rows], color="C0", height=0.8, label="kept")
-        axes.barh(places, [min(row.stays, row.kept) for row in rows], color="C1", height=0.8, label="cannot go")
-        axes.set_yticks(places, [row.name for row in rows], fontsize=7)
-        axes.set_ylim(max(len(rows), 1) - 0.4, -0.6)
-        axes.set_xlabel("output channels", fontsize=8)
-        axes.tick_params(length=0, labelsize=7)
-        axes.spines[:].set_visible(False)
+    def draw(self, bars: Bars) -> None:
+        """The channels that are kept, over those that there were."""
         share = self.params[1] / max(self.params[0], 1), self.macs[1] / max(self.macs[0], 1)
-        axes.set_title(f"{share[0]:.1%} of parameters and {share[1]:.1%} of multiply-adds are left", fontsize=10)
-        figure.legend(loc="outside lower left", ncols=3, fontsize=7, frameon=False)
-        kind = Path(path).suffix.lstrip(".").lower() or "png"
-        write_atomically(path, lambda file: figure.savefig(file, format=kind, dpi=120))
+        bars.names, bars.xlabel = [row.name for row in self.layers], "output channels"
+        bars.heading = f"{share[0]:.1%} of parameters and {share[1]:.1%} of multiply-adds are left"
+        bars.add(0, [row.channels for row in self.layers], "0.9", "before")
+        bars.add(0, [row.kept for row in self.layers], "C0", "kept")
+        bars.add(0, [min(row.stays, row.kept) for row in self.layers], "C1", "cannot go")
 
 
-def _layers(graph: ChannelGraph, removed: Removed) -> Iterable[LayerRow]:
+def _layers(graph: ChannelGraph, removed: Removed) -> Iterable[LayerChannels]:
     dead, free = graph.dead(removed), {axis for group in graph.groups.values() for axis in group.axes}
     why: dict[Axis, list[tuple[int, str]]] = {}
     for axis, count, reason in graph.frozen():
@@ -123,17 +106,17 @@ def _layers(graph: ChannelGraph, removed: Removed) -> Iterable[LayerRow]:
         kept = channels - int(dead[graph.labels.axes[axis].numpy()].sum())
         reasons = sorted(why.get(axis, []), reverse=True)
         stays = sum(count for count, _ in reasons)
-        yield LayerRow(name, tuple(tensor.shape), channels, kept, stays, reasons[0][1] if reasons else "")
+        yield LayerChannels(name, tuple(tensor.shape), channels, kept, stays, reasons[0][1] if reasons else "")
 
 
 def _axes(graph: ChannelGraph, name: str) -> list[Axis]:
     return [Axis(name, dim) for dim in range(graph.stored.names[name].dim())]
 
 
-def _groups(graph: ChannelGraph, removed: Removed) -> Iterable[GroupRow]:
+def _groups(graph: ChannelGraph, removed: Removed) -> Iterable[GroupChannels]:
     for name, group in graph.groups.items():
         weights = Counter(axis.tensor for axis in group.axes if graph.stored.names[axis.tensor].dim() > 1)
-        yield GroupRow(name, len(group), len(group) - len(list(removed.get(name, ()))), tuple(weights))
+        yield GroupChannels(name, len(group), len(group) - len(list(removed.get(name, ()))), tuple(weights))
 
 
 def _untraced(graph: ChannelGraph) -> list[str]:

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize
 
-from pruning_core.graph import ChannelGraph, GraphError
-from pruning_core.graph.groups import Group
-from pruning_core.graph.labels import Axis
+from pruning_core.graph import ChannelGraph, ChannelGroup, GraphError
+from pruning_core.graph.trace.labels import Axis
 
 SHOWN = 4
 
@@ -121,12 +120,12 @@ def choose(graph: ChannelGraph, masks: list[RowMask]) -> Chosen:
     return chosen
 
 
-def _rows(group: Group, i: int, dead: Mapping[Axis, list[bool]]) -> list[bool]:
+def _rows(group: ChannelGroup, i: int, dead: Mapping[Axis, list[bool]]) -> list[bool]:
     """Of each row of a channel in configured tensors whether it is masked."""
     return [dead[axis][row] for axis, rows in group.slices[i].items() if axis in dead for row in rows]
 
 
-def _names(group: Group, i: int, known: Mapping[Axis, RowMask], dead: Mapping[Axis, list[bool]]) -> str:
+def _names(group: ChannelGroup, i: int, known: Mapping[Axis, RowMask], dead: Mapping[Axis, list[bool]]) -> str:
     held = [(known[axis].fqn, dead[axis][row]) for axis, at in group.slices[i].items() if axis in known for row in at]
     gone = list(dict.fromkeys(fqn for fqn, masked in held if masked))
     kept = list(dict.fromkeys(fqn for fqn, masked in held if not masked))

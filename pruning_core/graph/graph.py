@@ -1,59 +1,52 @@
-"""The channels of a model: traced, tied and grouped."""
+"""The channels of a model: traced, coupled, and proved by a trial cut."""
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from pruning_core.graph.balance import Balances
-from pruning_core.graph.groups import Group, groups_of, rectangles, removed_indices
-from pruning_core.graph.labels import Axis, Labels
-from pruning_core.graph.modules import constrain
+from pruning_core.graph.couple.groups import Coupling, Removed
+from pruning_core.graph.couple.trial import prove
+from pruning_core.graph.cut.surgery import slim_
+from pruning_core.graph.errors import GraphError
+from pruning_core.graph.inputs import Inputs, as_inputs
 from pruning_core.graph.plan import Plan, digest
-from pruning_core.graph.proof import prove
-from pruning_core.graph.recorder import Cost, Recorder
-from pruning_core.graph.shadows import Stored
-from pruning_core.graph.tracing import GraphError, as_inputs, record
-from pruning_core.graph.values import mean_values
+from pruning_core.graph.trace.activations import mean_activations
+from pruning_core.graph.trace.labels import Axis, Labels
+from pruning_core.graph.trace.modules import tie_modules
+from pruning_core.graph.trace.recorder import Cost, Recorder
+from pruning_core.graph.trace.run import record
+from pruning_core.graph.trace.shadows import StoredTensors
 
 
-class ChannelGraph:
+class ChannelGraph(Coupling):
     """Which channels of a model can be removed, and what goes with each.
 
-    ``ChannelGraph.trace(model, example_inputs)`` runs the model once in evaluation and once in training mode (norms
-    keep their statistics) and leaves it as it was. Nothing has to be ignored by hand: outputs, and whatever an
-    operation without a rule touches, stay; ``frozen()`` says why.
+    Made by ``ChannelGraph.trace(model, example_inputs)``. ``groups``: the channels that can go, by name. ``frozen()``:
+    what stays, and why. ``example``: what the model was traced with. ``notes``: what a report should say.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        labels: Labels,
-        stored: Stored,
+        example: Inputs,
         traces: list[Recorder],
+        *,
         notes: list[str],
         outputs_may_shrink: bool = False,
     ) -> None:
-        self.model, self.labels, self.stored = model, labels, stored
-        self.outputs_may_shrink = outputs_may_shrink
-        self.notes = notes
+        super().__init__(traces[0].labels, traces)
+        self.model, self.example, self.stored = model, example, traces[0].stored
+        self.notes, self.outputs_may_shrink = notes, outputs_may_shrink
         self.parameters = frozenset(name for name, _ in model.named_parameters())
         self.consumers = frozenset(axis for trace in traces for axis in trace.consumers)
         self.norms = frozenset(where for trace in traces for where in trace.norms)
-        self._costs = traces[0].costs
-        self._products = [each for trace in traces for each in trace.products]
-        self.solve(traces)
-
-    def solve(self, traces: list[Recorder]) -> None:
-        """Ties become groups."""
-        self.components = rectangles(self.labels, [step for trace in traces for step in trace.steps])
-        self.groups: dict[str, Group] = {group.name: group for group in groups_of(self.labels, self.components)}
-        self.balances = Balances(self.components, self.labels.balances)
-        self.where = {unit: (group.name, i) for group in self.groups.values() for i, unit in enumerate(group.members)}
 
     @classmethod
     def trace(
@@ -64,30 +57,45 @@ class ChannelGraph:
         *,
         outputs_may_shrink: bool = False,
         narrow_heads: bool = False,
+        trial: bool = True,
     ) -> ChannelGraph:
-        """With ``outputs_may_shrink`` channels of outputs are not frozen; ``slim_`` must be told the same. With
-        ``narrow_heads`` attention keeps its heads and loses channels of each."""
-        shrink = outputs_may_shrink
-        labels = Labels(narrow_heads)
-        stored = Stored(labels, model)
-        traces = [record(model, as_inputs(example_inputs), labels, stored, False, Recorder, shrink)]
+        """Runs the model and finds its channels; the model is left as it was.
+
+        ``example_inputs``: a tensor, a tuple of arguments or a dict of keywords; ``train_inputs``: the same for the
+        pass in training mode, where it takes something else. ``outputs_may_shrink``: channels of outputs are not
+        frozen. ``narrow_heads``: attention keeps its heads and loses channels of each.
+
+        Cost: one forward pass in evaluation and one in training mode; then the trial, at least six more on a copy of
+        the model (two cuts of half of it, each beside the masked model), and one or two for each size that the code
+        computes in its own way. ``trial=False`` spares copy and passes, for a model that does not fit twice: groups
+        are listed then that the code may not follow, and ``slim_`` finds out.
+        """
+        labels, example = Labels(narrow_heads), as_inputs(example_inputs)
+        stored = StoredTensors(labels, model)
+        may = outputs_may_shrink
+        traces = [record(Recorder(labels, stored), model, example, training=False, outputs_may_shrink=may)]
         notes: list[str] = []
         try:
-            inputs = as_inputs(example_inputs if train_inputs is None else train_inputs)
-            traces.append(record(model, inputs, labels, stored, True, Recorder, shrink))
+            inputs = example if train_inputs is None else as_inputs(train_inputs)
+            traces.append(record(Recorder(labels, stored), model, inputs, training=True, outputs_may_shrink=may))
         except GraphError as error:
             if train_inputs is not None:
                 raise
             notes.append(f"traced in evaluation mode only: {error}")
-        constrain(model, labels)
-        graph = cls(model, labels, stored, traces, notes, shrink)
-        prove(graph, traces, as_inputs(example_inputs))
+        tie_modules(model, labels)
+        graph = cls(model, example, traces, notes=notes, outputs_may_shrink=outputs_may_shrink)
+        if trial:
+            prove(graph, model, graph._attempt)
         return graph
+
+    def _attempt(self, removed: Removed) -> None:
+        """Cuts a copy; GraphError where the cut cannot be followed or computes something else."""
+        slim_(_copied(self.model), self.plan(self.restored(removed)))
 
     # ---- what there is ----------------------------------------------------------------------------------------------
 
     def frozen(self) -> list[tuple[Axis, int, str]]:
-        """Axes with channels that stay, how many, and why."""
+        """(axis, how many of its channels stay, why), for every axis and reason."""
         found = []
         for axis, vector in self.labels.axes.items():
             units = self.components.of_label[vector.numpy()]
@@ -105,27 +113,20 @@ class ChannelGraph:
         return [
             name
             for name in self.stored.names
-            if all(self._alone(Axis(name, dim)) for dim in range(self.stored.names[name].dim()))
+            if all(self._unused(Axis(name, dim)) for dim in range(self.stored.names[name].dim()))
         ]
 
-    def _alone(self, axis: Axis) -> bool:
+    def _unused(self, axis: Axis) -> bool:
         units = self.components.of_label[self.labels.axes[axis].numpy()]
         return all(self.components.fixed(int(unit)) and int(unit) not in self.components.reasons for unit in units)
 
-    def read_values(self, run: Callable[[nn.Module], Any]) -> np.ndarray:
-        """The mean absolute value that layers read of each label while ``run(model)`` works."""
-        return mean_values(self.model, run, self.labels.narrow_heads)
+    def mean_activations(self, run: Callable[[nn.Module], Any]) -> np.ndarray:
+        """``mean |x|`` of what layers read of each label while ``run(model)`` works."""
+        return mean_activations(self.model, run, self.labels.narrow_heads)
 
     # ---- what is left when channels go ------------------------------------------------------------------------------
 
-    def dead(self, removed: Mapping[str, Iterable[int]]) -> np.ndarray:
-        """Of each label whether it goes."""
-        units = list(self._units(removed))
-        gone = np.zeros(int(self.components.of_label.max()) + 1, dtype=bool)
-        gone[units] = True
-        return gone[self.components.of_label]
-
-    def params(self, removed: Mapping[str, Iterable[int]] | None = None) -> int:
+    def params(self, removed: Removed | None = None) -> int:
         """Parameters of the whole model."""
         dead = self.dead(removed or {})
         total = 0
@@ -137,43 +138,33 @@ class ChannelGraph:
             total += int(np.prod(kept))
         return total
 
-    def macs(self, removed: Mapping[str, Iterable[int]] | None = None) -> int:
-        """Multiply-adds of weighted layers and attention for one forward pass on the example inputs."""
+    def macs(self, removed: Removed | None = None) -> int:
+        """Multiply-adds of weighted layers and attention for one forward pass on the example, its batch included."""
         dead = self.dead(removed or {})
-        return sum(_cost(cost, dead) for cost in self._costs)
+        return sum(_macs(cost, dead) for cost in self.traces[0].costs)
 
-    def restored(
-        self, removed: Mapping[str, Iterable[int]], score: Mapping[int, float] | None = None
-    ) -> dict[str, list[int]]:
-        """The part of it that leaves pieces of a ``chunk`` or ``split`` equal; ``score`` says what to keep, by unit."""
-        units = self._units(removed)
-        found: dict[str, list[int]] = {}
-        for unit in sorted(self.balances.restored(units, score)):
-            name, i = self.where[unit]
-            found.setdefault(name, []).append(i)
-        return found
-
-    def _units(self, removed: Mapping[str, Iterable[int]]) -> set[int]:
-        return {self.groups[name].members[i] for name, channels in removed.items() for i in channels}
-
-    def plan(self, removed: Mapping[str, Iterable[int]]) -> Plan:
+    def plan(self, removed: Removed) -> Plan:
         """The plan that removes these channels of these groups."""
         chosen = {name: tuple(sorted({int(i) for i in channels})) for name, channels in removed.items()}
         for name, channels in chosen.items():
             self._check(name, channels)
-        if any(self.balances.off(self._units(chosen))):
-            raise GraphError("plan: the pieces of a chunk or split would differ in size; make it with a planner")
-        gone = self.dead(chosen)
-        axes = {axis: tuple(at.tolist()) for axis, at in removed_indices(self.groups, chosen).items()}  # type: ignore[arg-type]
+        if any(self.balances.off(self.units(chosen))):
+            raise GraphError(
+                "plan: the pieces of a chunk or split would differ in size; pass the channels through graph.restored()"
+            )
+        gone, axes = self.dead(chosen), self.removed_indices(chosen)
+        products = [each for trace in self.traces for each in trace.products]
         return Plan(
-            {axis: len(self.labels.axes[axis]) for axis in axes},
-            axes,
-            {name: channels for name, channels in chosen.items() if channels},
-            self.consumers & axes.keys(),
-            self.norms,
-            digest(self.model),
-            self.labels.narrow_heads,
-            frozenset(where for where, vector in self._products if bool(gone[vector.numpy()].any())),
+            sizes={axis: len(self.labels.axes[axis]) for axis in axes},
+            removed=axes,
+            channels={name: channels for name, channels in chosen.items() if channels},
+            consumers=self.consumers & axes.keys(),
+            norms=self.norms,
+            model=digest(self.model),
+            narrow_heads=self.labels.narrow_heads,
+            outputs_may_shrink=self.outputs_may_shrink,
+            multiplied=frozenset(where for where, vector in products if bool(gone[vector.numpy()].any())),
+            example=self.example,
         )
 
     def _check(self, name: str, channels: tuple[int, ...]) -> None:
@@ -186,8 +177,15 @@ class ChannelGraph:
             )
 
 
-def _cost(cost: Cost, dead: np.ndarray) -> int:
+def _macs(cost: Cost, dead: np.ndarray) -> int:
     total = cost.rows
     for vector in cost.vectors:
         total *= int((~dead[vector.numpy()]).sum())
     return total
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A deep copy. Activations that a module keeps from its last step cannot be copied: the copy gets their values."""
+    kept = [leaf for module in model.modules() for leaf in pytree.tree_leaves(list(vars(module).values()))]
+    memo = {id(leaf): leaf.detach() for leaf in kept if isinstance(leaf, Tensor) and not leaf.is_leaf}
+    return copy.deepcopy(model, memo)

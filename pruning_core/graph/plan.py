@@ -1,11 +1,11 @@
-"""A plan: what is to be removed, as plain data."""
+"""A plan: which channels are removed, as plain data."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,37 @@ import numpy as np
 from torch import Tensor, nn
 
 from pruning_core.checkpoint import write_atomically
-from pruning_core.graph.labels import Axis
-from pruning_core.graph.tracing import GraphError
+from pruning_core.graph.errors import GraphError
+from pruning_core.graph.inputs import Inputs
+from pruning_core.graph.trace.labels import Axis
 
 FORMAT, VERSION = "pruning_core.channel_plan", 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which indices of which axes go. ``consumers`` read what is removed; ``norms`` take statistics over it;
-    ``narrow_heads`` says how the graph looked at attention; ``multiplied`` names the operations that sum removed
-    channels of one activation times those of another."""
+    """Which indices of which axes go, with all that cutting needs to know. Plain data, but for ``example``.
+
+    ``sizes`` and ``removed``: per axis its length and the indices that go. ``channels``: the same as group -> channels.
+    ``consumers``: axes that read removed channels. ``norms``: modules that take statistics over them. ``multiplied``:
+    operations that sum removed channels of one activation times those of another. ``narrow_heads`` and
+    ``outputs_may_shrink``: how the graph was traced. ``model``: a digest of the model's names and shapes. ``example``:
+    what the graph was traced with; it is not saved.
+    """
 
     sizes: dict[Axis, int]
     removed: dict[Axis, tuple[int, ...]]
-    channels: dict[str, tuple[int, ...]]
+    channels: dict[str, tuple[int, ...]] = field(default_factory=dict)
     consumers: frozenset[Axis] = frozenset()
     norms: frozenset[str] = frozenset()
-    model: str = ""
-    narrow_heads: bool = False
     multiplied: frozenset[str] = frozenset()
+    narrow_heads: bool = False
+    outputs_may_shrink: bool = False
+    model: str = ""
+    example: Inputs | None = field(default=None, compare=False, repr=False)
 
     def kept(self, axis: Axis) -> list[int]:
+        """The indices of an axis that stay."""
         gone = set(self.removed.get(axis, ()))
         return [index for index in range(self.sizes[axis]) if index not in gone]
 
@@ -42,6 +51,7 @@ class Plan:
         return bool(self.removed)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data (JSON), without the example; ``Plan.from_dict`` reads it back."""
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -51,6 +61,7 @@ class Plan:
             "consumers": sorted(map(str, self.consumers)),
             "norms": sorted(self.norms),
             "narrow_heads": self.narrow_heads,
+            "outputs_may_shrink": self.outputs_may_shrink,
             "multiplied": sorted(self.multiplied),
         }
 
@@ -65,14 +76,15 @@ class Plan:
         try:
             axes = {Axis.parse(name): each for name, each in data["axes"].items()}
             return cls(
-                {axis: int(each["size"]) for axis, each in axes.items()},
-                {axis: tuple(indices(each["removed"])) for axis, each in axes.items()},
-                {name: tuple(indices(at)) for name, at in data["channels"].items()},
-                frozenset(Axis.parse(name) for name in data["consumers"]),
-                frozenset(data["norms"]),
-                str(data["model"]),
-                bool(data.get("narrow_heads", False)),
-                frozenset(data.get("multiplied", ())),
+                sizes={axis: int(each["size"]) for axis, each in axes.items()},
+                removed={axis: tuple(indices(each["removed"])) for axis, each in axes.items()},
+                channels={name: tuple(indices(at)) for name, at in data["channels"].items()},
+                consumers=frozenset(Axis.parse(name) for name in data["consumers"]),
+                norms=frozenset(data["norms"]),
+                multiplied=frozenset(data.get("multiplied", ())),
+                narrow_heads=bool(data.get("narrow_heads", False)),
+                outputs_may_shrink=bool(data.get("outputs_may_shrink", False)),
+                model=str(data["model"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise GraphError(f"plan: is damaged, got {type(error).__name__}: {error}; make it again") from error
@@ -96,6 +108,7 @@ class Plan:
         return {name: (len(a), len(b)) for name, (a, b) in pairs.items() if set(a) != set(b)}
 
     def check(self, model: nn.Module) -> None:
+        """GraphError unless the model has every axis of the plan, at its size."""
         tensors = named_tensors(model)
         for axis, size in self.sizes.items():
             if axis.tensor not in tensors:
@@ -117,6 +130,7 @@ class Plan:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tied ones once."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
@@ -137,6 +151,7 @@ def ranges(at: Iterable[int]) -> list[list[int]]:
 
 
 def indices(pairs: Iterable[Iterable[int]]) -> list[int]:
+    """The inverse of ``ranges``."""
     return [index for first, last in pairs for index in range(int(first), int(last) + 1)]
 
 

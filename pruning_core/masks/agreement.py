@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pruning_core.masks.basic import MaskGroup
+from pruning_core.masks.groups import MaskGroup
 from pruning_core.masks.progressive import ProgressiveGroup
+from pruning_core.masks.sharding import local
 from pruning_core.masks.weight import MaskedWeight, checksum
-from pruning_core.sharding import local
 
 
 def non_finite(gradients: Sequence[Tensor], groups: Sequence[MaskGroup]) -> Tensor:

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from pruning_core.config import WeightPruningConfig
-from pruning_core.masks.basic import MaskGroup
+from pruning_core.masks.config import WeightPruningConfig
+from pruning_core.masks.groups import MaskGroup
+from pruning_core.masks.options import LOCK, PrunerOptions
 from pruning_core.masks.pattern_lock import LockedGroup
 from pruning_core.masks.progressive import ProgressiveGroup
 from pruning_core.masks.weight import MaskedWeight
-from pruning_core.options import LOCK, PrunerOptions
-from pruning_core.selection import Selector, Spared, kind_of
+from pruning_core.selection import Selector, Skipped, kind_of
 
 KINDS: dict[str, type[MaskGroup]] = {"basic": MaskGroup, "progressive": ProgressiveGroup, LOCK: LockedGroup}
 
@@ -28,22 +28,22 @@ def build_groups(config: WeightPruningConfig, model: nn.Module) -> list[MaskGrou
 def _build(where: str, options: PrunerOptions, model: nn.Module, taken: dict[int, str]) -> MaskGroup:
     excluded = [*options.excluded_op_names, *options.extra_excluded_op_names]
     selector = Selector(where, options.op_names, excluded, options.pruning_op_types)
-    targets, spared = selector.select(model)
+    targets, skipped = selector.select(model)
     weights = []
     for target in targets:
         owner = taken.get(id(target.parameter))
         reason = options.parsed_pattern.unfit(target.layout.shape(target.parameter.shape))
         if owner is not None:
-            spared.append(Spared(target.layer, kind_of(target.module), f"pruned as {owner}"))
+            skipped.append(Skipped(target.layer, kind_of(target.module), f"pruned as {owner}"))
         elif reason is not None and options.kind != LOCK:
-            selector.spare(target, f"{reason} (pattern {options.pattern})", spared)
+            selector.skip(target, f"{reason} (pattern {options.pattern})", skipped)
         else:
             taken[id(target.parameter)] = f"{target.name} by {where}"
             weights.append(MaskedWeight(target, options))
     if not weights:
-        reasons = "; ".join(f"{each.layer}: {each.reason}" for each in spared[:3])
+        reasons = "; ".join(f"{each.layer}: {each.reason}" for each in skipped[:3])
         raise ValueError(f"{where}: no layer is left to prune ({reasons}); change its op_names or exclusions")
-    return KINDS[options.kind](where, options, weights, spared)
+    return KINDS[options.kind](where, options, weights, skipped)
 
 
 def who_steps(groups: Sequence[MaskGroup], optimizers: Sequence[Optimizer]) -> dict[Optimizer, set[int]]:

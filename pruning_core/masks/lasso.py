@@ -1,4 +1,4 @@
-"""Applies the group lasso to a group of weights, just before the optimizer steps."""
+"""Group lasso: shrinks whole units just before the optimizer steps, so that whole units become unimportant."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pruning_core.masks.basic import MaskGroup
+from pruning_core.masks.groups import MaskGroup
+from pruning_core.masks.sharding import agree
 from pruning_core.patterns import Block
-from pruning_core.regularizers import shrink_factor
-from pruning_core.sharding import agree
 
 
 def shrink_(group: MaskGroup, params: Collection[int] | None, optimizer: Optimizer, bad: bool | Tensor) -> None:
@@ -31,3 +30,12 @@ def shrink_(group: MaskGroup, params: Collection[int] | None, optimizer: Optimiz
         assert isinstance(weight.pattern, Block)
         wide = weight.pattern.stretch(factor, weight.place.region)
         weight.weight().mul_(weight.place.layout.store(wide, weight.shape))
+
+
+def shrink_factor(norm: Tensor, amount: Tensor | float) -> Tensor:
+    """``1 - amount / ||w_unit||``, at least 0; 1 where the norm is 0.
+
+    ``w * factor`` is ``w - amount * w / ||w_unit||``, the proximal step of ``amount * sum ||w_unit||`` with
+    ``amount = lr * reg_coeff`` (Yuan & Lin 2006): a step never carries a unit past zero.
+    """
+    return (1 - amount / norm).clamp_(min=0).where(norm > 0, 1.0)

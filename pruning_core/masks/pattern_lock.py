@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from pruning_core.masks.basic import MaskGroup
+from pruning_core.masks.groups import MaskGroup
+from pruning_core.masks.options import PrunerOptions
 from pruning_core.masks.weight import MaskedWeight
-from pruning_core.options import PrunerOptions
-from pruning_core.selection import Spared
+from pruning_core.selection import Skipped
 
 
 class LockedGroup(MaskGroup):
     """``keep = (w != 0)``, weight by weight, whatever the pattern."""
 
-    def __init__(self, where: str, options: PrunerOptions, weights: list[MaskedWeight], spared: list[Spared]) -> None:
-        super().__init__(where, options, weights, spared)
+    def __init__(self, where: str, options: PrunerOptions, weights: list[MaskedWeight], skipped: list[Skipped]) -> None:
+        super().__init__(where, options, weights, skipped)
         self.updated_at = self.table.end
         for weight in weights:
             weight.keep.copy_((weight.weight() != 0).to(torch.int8).neg_())
@@ -27,7 +27,7 @@ class LockedGroup(MaskGroup):
     def check_limits(self) -> None:
         """Nothing is cut, so every limit holds."""
 
-    def share(self, now: int) -> float:
+    def sparsity(self, now: int) -> float:
         zeros = torch.tensor(sum(int((weight.keep == 0).sum()) for weight in self.weights))
         if self.ranks is not None:
             self.ranks.sum_(zeros := zeros.to(self.weights[0].keep.device))

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruning_core.budget import Ranked, cut_apart, cut_within, share_of, sortable
-from pruning_core.masks.basic import MaskGroup
+from pruning_core.masks.budget import Ranked, cut_apart, cut_within, share_of, sortable
+from pruning_core.masks.groups import MaskGroup
+from pruning_core.masks.options import PrunerOptions
 from pruning_core.masks.weight import MaskedWeight, pack, unpack
-from pruning_core.options import PrunerOptions
-from pruning_core.selection import Spared
+from pruning_core.selection import Skipped
 
 
 class ProgressiveGroup(MaskGroup):
-    def __init__(self, where: str, options: PrunerOptions, weights: list[MaskedWeight], spared: list[Spared]) -> None:
-        super().__init__(where, options, weights, spared)
+    def __init__(self, where: str, options: PrunerOptions, weights: list[MaskedWeight], skipped: list[Skipped]) -> None:
+        super().__init__(where, options, weights, skipped)
         self.structured_at = -1  # the due step whose units are being cut
         self.doomed = [0] * len(weights)  # per weight, over all ranks: how many weights that update doomed
         for weight in weights:
@@ -46,8 +46,8 @@ class ProgressiveGroup(MaskGroup):
         assert due is not None
         if due != self.structured_at:
             self._finish()  # what an earlier update doomed
-            if self.table.share(due) > 0:
-                self.cut_units(self.table.share(due))
+            if self.table.sparsity(due) > 0:
+                self.cut_units(self.table.sparsity(due))
             self.structured_at = due
             self.doomed = self._count_doomed()
         steps = [step for step in self._portion_steps() if step <= now]

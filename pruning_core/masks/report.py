@@ -1,19 +1,149 @@
-"""The report of a live pruning run, and of one that was saved."""
+"""Asked and reached sparsity per layer, of a live pruning run and of one that was saved, counted from the weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pruning_core.config import WeightPruningConfig
-from pruning_core.masks.basic import MaskGroup
-from pruning_core.options import LOCK, PrunerOptions
-from pruning_core.report import GroupRow, LayerRow, Report
-from pruning_core.selection import Spared, kind_of
-from pruning_core.sharding import local, shard_groups
+from pruning_core.masks.config import WeightPruningConfig
+from pruning_core.masks.groups import MaskGroup
+from pruning_core.masks.options import LOCK, PrunerOptions
+from pruning_core.masks.sharding import local, shard_groups
+from pruning_core.report import Bars, Report, text_table
+from pruning_core.selection import Skipped, kind_of
+
+COLUMNS = ("layer", "type", "shape", "pattern", "asked", "reached", "zeros", "why")
+
+
+class _Counted:
+    """``reached``: the share of zeros."""
+
+    zeros: int
+    weights: int
+
+    @property
+    def reached(self) -> float:
+        return self.zeros / self.weights if self.weights else 0.0
+
+
+@dataclass(frozen=True)
+class LayerSparsity(_Counted):
+    """One weight. ``asked`` is None where nobody asked for zeros; ``note`` says why a layer was left dense."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    weights: int
+    zeros: int
+    pattern: str | None = None
+    asked: float | None = None
+    note: str = ""
+
+    def cells(self) -> tuple[str, ...]:
+        shape = "x".join(str(length) for length in self.shape)
+        asked = "" if self.asked is None else f"{self.asked:.2%}"
+        numbers = f"{self.reached:.2%}", f"{self.zeros:,}"
+        return self.name, self.kind, shape, self.pattern or "", asked, *numbers, self.note
+
+
+@dataclass(frozen=True)
+class PrunerSparsity(_Counted):
+    """One pruner: its title, what it asks for now and at its end, and its layers."""
+
+    title: str
+    target: float
+    asked: float
+    layers: tuple[LayerSparsity, ...]
+
+    @property
+    def weights(self) -> int:  # type: ignore[override]
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def zeros(self) -> int:  # type: ignore[override]
+        return sum(layer.zeros for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class SparsityReport(Report):
+    """``print(report)`` for the table; ``to_dict``, ``save_json``, ``save_markdown`` and ``plot`` for the rest.
+
+    ``groups``: one for each pruner of the configuration. ``dense``: the weights that no pruner took, with the reason.
+    ``parameters`` and ``zeros`` are of the whole model.
+    """
+
+    step: int | None
+    groups: tuple[PrunerSparsity, ...]
+    dense: tuple[LayerSparsity, ...]
+    parameters: int
+    zeros: int
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    title = "Pruning report"
+
+    @property
+    def sparsity(self) -> float:
+        """Zeros among all parameters of the model, biases and embeddings included."""
+        return self.zeros / self.parameters if self.parameters else 0.0
+
+    @property
+    def reached(self) -> float:
+        """Zeros among the weights that take part."""
+        weights = sum(group.weights for group in self.groups)
+        return sum(group.zeros for group in self.groups) / weights if weights else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        groups = []
+        for group in self.groups:
+            layers = [{**asdict(layer), "reached": layer.reached} for layer in group.layers]
+            groups.append({**asdict(group), "layers": layers, "reached": group.reached})
+        return {
+            "step": self.step,
+            "sparsity": self.sparsity,
+            "parameters": self.parameters,
+            "zeros": self.zeros,
+            "metrics": self.metrics,
+            "groups": groups,
+            "dense": [{**asdict(layer), "reached": layer.reached} for layer in self.dense],
+        }
+
+    def __str__(self) -> str:
+        lines = [] if self.step is None else [f"step {self.step}"]
+        for group in self.groups:
+            now = f"asked {group.asked:.2%}"
+            if group.asked != group.target:
+                now += f" now, {group.target:.2%} at the end"
+            zeros = f"{group.zeros:,} of {group.weights:,} weights are zero"
+            lines += [group.title, f"  {now}, reached {group.reached:.2%}: {zeros}", _table(group.layers)]
+        if self.dense:
+            lines += ["left dense" if self.groups else "weights", _table(self.dense)]
+        lines.append(f"model: {self.zeros:,} of {self.parameters:,} parameters are zero, {self.sparsity:.2%}")
+        if self.metrics:
+            lines.append("metric: " + ", ".join(f"{name} {value}" for name, value in self.metrics.items()))
+        return "\n".join(lines)
+
+    def draw(self, bars: Bars) -> None:
+        """The share of zeros reached, and a line at what was asked of the layer's group."""
+        rows = [layer for group in self.groups for layer in group.layers] + list(self.dense)
+        bars.names, bars.notes = [row.name for row in rows], [f"{row.reached:.1%}" for row in rows]
+        bars.shares, bars.heading = True, f"{self.sparsity:.1%} of {self.parameters:,} parameters are zero"
+        bars.add(0, [1] * len(rows), "0.95")
+        first = 0
+        for i, group in enumerate(self.groups):
+            label = f"{group.title}; asked {group.asked:.1%} (line)"
+            bars.add(first, [row.reached for row in group.layers], f"C{i % 9}", label)
+            bars.mark(first, len(group.layers), group.asked)
+            first += len(group.layers)
+        if self.dense:
+            bars.add(first, [row.reached for row in self.dense], "0.6", "left dense" if self.groups else "weights")
+
+
+def _table(layers: Sequence[LayerSparsity]) -> str:
+    return text_table(COLUMNS, [layer.cells() for layer in layers], right=("asked", "reached", "zeros"), indent="    ")
 
 
 def title(where: str, options: PrunerOptions) -> str:
@@ -26,45 +156,45 @@ def title(where: str, options: PrunerOptions) -> str:
     return f"{where}: {options.pruning_type}, {options.pattern}, {options.pruning_scope}, {when}"
 
 
-def report_of(model: nn.Module, groups: Sequence[MaskGroup], step: int, metrics: Mapping[str, Any]) -> Report:
+def report_of(model: nn.Module, groups: Sequence[MaskGroup], step: int, metrics: Mapping[str, Any]) -> SparsityReport:
     """Under ``fully_shard`` every rank must ask for it: zeros are summed over the ranks."""
     rows = []
     for group in groups:
-        share = group.share(step) if group.updated_at >= 0 else 0.0
+        share = group.sparsity(step) if group.updated_at >= 0 else 0.0
         counts = torch.stack([weight.zeros() for weight in group.weights])
         counts = group.ranks.sum_(counts) if group.ranks else counts
         layers = []
         for weight, zeros in zip(group.weights, counts.tolist(), strict=True):
             target = weight.target
             shape, kind = tuple(target.parameter.shape), kind_of(target.module)
-            layers.append(LayerRow(target.name, kind, shape, weight.weights, zeros, group.options.pattern, share))
+            layers.append(LayerSparsity(target.name, kind, shape, weight.weights, zeros, group.options.pattern, share))
         target_share = share if group.options.kind == LOCK else group.options.target_sparsity
-        rows.append(GroupRow(title(group.where, group.options), target_share, share, tuple(layers)))
+        rows.append(PrunerSparsity(title(group.where, group.options), target_share, share, tuple(layers)))
     state = dict(model.named_parameters())
     zeros = sum(_zeros(parameter) for parameter in state.values())
-    dense = _dense({row.name for group in rows for row in group.layers}, [g.spared for g in groups], state)
-    return Report(step, tuple(rows), dense, sum(p.numel() for p in state.values()), zeros, dict(metrics))
+    dense = _dense({row.name for group in rows for row in group.layers}, [g.skipped for g in groups], state)
+    return SparsityReport(step, tuple(rows), dense, sum(p.numel() for p in state.values()), zeros, dict(metrics))
 
 
-def report_of_saved(model: Mapping[str, Any], pruner: Mapping[str, Any] | None) -> Report:
+def report_of_saved(model: Mapping[str, Any], pruner: Mapping[str, Any] | None) -> SparsityReport:
     """From a state dict and, when there is one, the state of its pruner."""
     state = _parameters(model)
-    rows, spared = [], []
+    rows, skipped = [], []
     for i, (options, group) in enumerate(_groups(pruner)):
         asked = _asked(options, group)
         names = [name for name in group["weights"] if name in state]
         layers = tuple(
-            LayerRow(n, "", tuple(state[n].shape), state[n].numel(), _zeros(state[n]), options.pattern, asked)
+            LayerSparsity(n, "", tuple(state[n].shape), state[n].numel(), _zeros(state[n]), options.pattern, asked)
             for n in names
         )
         target = options.target_sparsity if asked is not None and options.kind != LOCK else asked
-        rows.append(GroupRow(title(f"pruning_configs[{i}]", options), target or 0.0, asked or 0.0, layers))
-        spared.append([Spared(*each) for each in group["spared"]])
-    dense = _dense({row.name for group in rows for row in group.layers}, spared, state, everything=not rows)
+        rows.append(PrunerSparsity(title(f"pruning_configs[{i}]", options), target or 0.0, asked or 0.0, layers))
+        skipped.append([Skipped(*each) for each in group["skipped"]])
+    dense = _dense({row.name for group in rows for row in group.layers}, skipped, state, everything=not rows)
     step = min(clock["now"] for clock in pruner["clocks"]) if pruner else None
     once = _once(state)
     zeros = sum(_zeros(value) for value in once.values())
-    return Report(step, tuple(rows), dense, sum(value.numel() for value in once.values()), zeros)
+    return SparsityReport(step, tuple(rows), dense, sum(value.numel() for value in once.values()), zeros)
 
 
 def _parameters(model: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -94,7 +224,7 @@ def _asked(options: PrunerOptions, group: Mapping[str, Any]) -> float:
         kept = sum(int(torch.count_nonzero(_bits(each["keep"]))) for each in group["weights"].values())
         total = sum(torch.Size(each["shape"]).numel() for each in group["weights"].values())
         return (total - kept) / total if total else 0.0
-    return options.timetable.share(group["updated_at"]) if group["updated_at"] >= 0 else 0.0
+    return options.timetable.sparsity(group["updated_at"]) if group["updated_at"] >= 0 else 0.0
 
 
 def _bits(packed: Tensor) -> Tensor:
@@ -110,17 +240,17 @@ def _zeros(tensor: Tensor) -> int:
 
 
 def _dense(
-    pruned: set[str], spared: Sequence[Sequence[Spared]], state: Mapping[str, Tensor], everything: bool = False
-) -> tuple[LayerRow, ...]:
+    pruned: set[str], skipped: Sequence[Sequence[Skipped]], state: Mapping[str, Tensor], everything: bool = False
+) -> tuple[LayerSparsity, ...]:
     """The weights that no pruner took, each with the reason of the last pruner that looked at it."""
-    reasons = {each.layer: each for group in spared for each in group if each.reason}
+    reasons = {each.layer: each for group in skipped for each in group if each.reason}
     rows = []
     for name, tensor in state.items():
         layer, _, attribute = name.rpartition(".")
         if name in pruned or tensor.dim() < 2 or not (everything or layer in reasons):
             continue
-        each = reasons.get(layer, Spared(layer, "", ""))
+        each = reasons.get(layer, Skipped(layer, "", ""))
         if "weight" in attribute:
-            row = LayerRow(name, each.kind, tuple(tensor.shape), tensor.numel(), _zeros(tensor), note=each.reason)
+            row = LayerSparsity(name, each.kind, tuple(tensor.shape), tensor.numel(), _zeros(tensor), note=each.reason)
             rows.append(row)
     return tuple(rows)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pruning_core.config import WeightPruningConfig
-from pruning_core.hooks import Clock
-from pruning_core.masks.basic import MaskGroup
+from pruning_core.masks.clock import Clock
+from pruning_core.masks.config import WeightPruningConfig
+from pruning_core.masks.groups import MaskGroup
+from pruning_core.masks.options import PrunerOptions
 
 VERSION = 1
 
@@ -62,7 +63,7 @@ def _check_config(then: list[dict[str, Any]], now: list[dict[str, Any]]) -> None
         raise ValueError(f"load_state_dict: the state is of {len(then)} pruners, got {len(now)}; use its configuration")
     for i, (old, new) in enumerate(zip(then, now, strict=True)):
         for option in new:
-            if old.get(option) != new[option]:
+            if old.get(option, PrunerOptions.model_fields[option].default) != new[option]:
                 raise ValueError(
                     f"load_state_dict: the state is of another configuration: pruning_configs[{i}].{option} was "
                     f"{old.get(option)!r}, got {new[option]!r}; continue with the old value"

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruning_core.options import LOCK, PrunerOptions
+from pruning_core.masks.options import LOCK, PrunerOptions
+from pruning_core.masks.sharding import Place, local, place
 from pruning_core.patterns import parse_pattern
 from pruning_core.selection import Target
-from pruning_core.sharding import Place, local, place
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -90,7 +90,8 @@ class MaskedWeight:
             new = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         else:
             new = criterion.score(weight, gradient)
-        new = self.fold(new) if self.stores_units else new
+        new = criterion.each_step(self.fold(new) if self.stores_units else new)
+        rate = rate**criterion.degree
         gain = rate * self.options.momentum_gain if criterion.accumulates else rate
         old = self.score
         if old is None:
@@ -122,24 +123,41 @@ class MaskedWeight:
         rows = piece.rows_here(self.place.region.extents[piece.axis])
         return grid.narrow(piece.axis, min(rows.start, grid.shape[piece.axis]), len(rows))
 
-    def element_scores(self) -> Tensor:
-        """Scores in the stored shape; only for weights that do not store units."""
-        if not self.options.criterion.needs_gradient:
-            return self.options.criterion.score(self.weight(), None)
+    def _raw_elements(self) -> Tensor:
+        """Sums that no unit has finished yet, in the stored shape; only for weights that do not store units."""
+        criterion = self.options.criterion
+        if not criterion.needs_gradient:
+            return criterion.each_step(criterion.score(self.weight(), None))
         assert self.score is not None and not self.stores_units
         return self.score
+
+    def element_scores(self) -> Tensor:
+        """Each weight as a unit of its own, in the stored shape."""
+        return self.options.criterion.finish(self._raw_elements())
 
     @property
     def folds_fast(self) -> bool:
         """Unit scores are cheap enough to be computed again for every digit of the selection."""
         return self.pattern.folds_linearly
 
-    def unit_scores(self) -> Tensor:
-        """The unit grid of scores, partial where a unit reaches over the border of a slice."""
-        if self.stores_units and self.options.criterion.needs_gradient:
+    def unit_sums(self) -> Tensor:
+        """The unit grid before ``finish_units``, partial where a unit reaches over the border of a slice."""
+        criterion = self.options.criterion
+        if not self.stores_units:
+            return self.fold(self._raw_elements() if self._finishes_units else self.element_scores())
+        if criterion.needs_gradient:
             assert self.score is not None
             return self.score
-        return self.fold(self.element_scores())
+        return criterion.each_step(self.fold(criterion.score(self.weight(), None)))
+
+    def finish_units(self, sums: Tensor) -> Tensor:
+        """The unit grid of scores, of sums that are complete over all ranks."""
+        return self.options.criterion.finish(sums) if self._finishes_units else sums
+
+    @property
+    def _finishes_units(self) -> bool:
+        """Sums of weights can be finished as a whole; where a unit picks among its weights, each finishes its own."""
+        return self.pattern.folds_linearly and self.options.criterion_reduce_type != "max"
 
     def alive(self) -> Tensor:
         """Unit grid: not cut yet."""

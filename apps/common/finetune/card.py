@@ -15,10 +15,10 @@ from apps.common.finetune import hub
 from apps.common.finetune.arguments import SECRET
 from apps.common.finetune.run import Run
 from pruning_core.graph import structure
-from pruning_core.report import Report
+from pruning_core.masks.report import SparsityReport
 
 
-def model_card(run: Run, report: Report | None) -> str:
+def model_card(run: Run, report: SparsityReport | None) -> str:
     metrics = {name: round(value, 4) for name, value in run.progress.metrics.items()}
     base = run.options.model_name_or_path
     entries = [{"type": name, "value": value} for name, value in metrics.items()]
@@ -52,7 +52,7 @@ def _scores(run: Run) -> list[str]:
     return [*lines, ""]
 
 
-def _zeros(run: Run, report: Report) -> list[str]:
+def _zeros(run: Run, report: SparsityReport) -> list[str]:
     lines = ["## Sparsity", ""]
     for group in report.groups:
         lines.append(

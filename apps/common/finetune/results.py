@@ -14,7 +14,6 @@ from apps.common.finetune import card, processes, slim
 from apps.common.finetune.arguments import public
 from apps.common.finetune.run import Run
 from apps.common.finetune.state import STATE
-from apps.common.pruning import asked
 from apps.common.results import (
     ASKED,
     REACHED,
@@ -92,14 +91,14 @@ def introduce(run: Run, folder: Path) -> None:
     if run.cut is not None:
         ranks.say(slim.summary(run.cut))
     if run.pruner is not None:
-        for group in run.pruner.groups:
-            layers, start, end = len(group.weights), group.table.start, group.table.end
-            what = f"{layers} layers, {group.total:,} weights"
-            if group.options.kind == "pattern_lock":
+        for config, names, weights in run.pruner.pruners:
+            what = f"{len(names)} layers, {weights:,} weights"
+            if config.kind == "pattern_lock":
                 ranks.say(f"today's zeros stay zero in {what}")
                 continue
-            goal = f"{group.options.target_sparsity:.0%} in {group.options.pattern} ({group.options.pruning_type})"
-            ranks.say(f"pruning {goal} of {what}: steps {start} to {end} every {group.options.pruning_frequency}")
+            goal = f"{config.target_sparsity:.0%} in {config.pattern} ({config.pruning_type})"
+            window = f"steps {config.start_step} to {config.end_step} every {config.pruning_frequency}"
+            ranks.say(f"pruning {goal} of {what}: {window}")
     if run.distillation is not None:
         teacher = options.teacher_model_name_or_path or options.model_name_or_path
         what = f"{options.dist_loss} of the logits"
@@ -123,7 +122,7 @@ def row_of(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
     row |= metrics
     row["learning_rate"] = run.optimizer.param_groups[0]["lr"]
     if run.pruner is not None:
-        row[ASKED], row[REACHED] = asked(run.pruner), run.pruner.report().reached
+        row[ASKED], row[REACHED] = run.pruner.asked, run.pruner.report().reached
     return row
 
 
@@ -145,7 +144,7 @@ def status(run: Run, seconds: float) -> str:
     if progress.metrics:
         parts.append(f"{run.data.main} {progress.metrics[run.data.main] / run.app.full:.3f}")
     if run.pruner is not None:
-        parts.append(f"sparsity {asked(run.pruner):.1%}")
+        parts.append(f"sparsity {run.pruner.asked:.1%}")
     left = seconds / max(progress.step, 1) * (timeline.steps - progress.step)
     return "  ".join([*parts, f"{duration(left)} left"])
 
@@ -164,7 +163,7 @@ def finish(run: Run, table: ResultsTable, folder: Path) -> None:
         results |= {f"dense_{name}": value for name, value in progress.dense.items()}
         results |= {"epochs": progress.epoch, "steps": progress.step, "seconds": round(progress.seconds, 1)}
         if report is not None and run.pruner is not None:
-            results |= {"sparsity_asked": asked(run.pruner), "sparsity": report.reached}
+            results |= {"sparsity_asked": run.pruner.asked, "sparsity": report.reached}
             write_report(report, folder)
         _write(folder / RESULTS, json.dumps(results, indent=2))
         scores = [(name, name) for name in run.data.metrics]
@@ -215,7 +214,7 @@ def _last_table(run: Run, size: int, zeros: float | None) -> str:
     if dense:
         rows.append((f"dense ({Path(run.options.model_name_or_path).name})", *figures(dense), "-", "-", "-"))
     kind = "sparse" if run.pruner else "slim" if structure(run.bare) else "dense"
-    wanted = None if run.pruner is None else asked(run.pruner)
+    wanted = None if run.pruner is None else run.pruner.asked
     rows.append((kind, *figures(metrics), share(wanted), share(zeros), f"{size / 1e6:.1f} MB"))
     return text_table(rows)
 

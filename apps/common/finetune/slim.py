@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,38 +17,31 @@ from apps.common.errors import BadInput
 from apps.common.finetune.run import Cut, Data
 from apps.common.ranks import Ranks
 from apps.common.yaml_file import read_yaml
-from pruning_core.channels import ChannelReport, plan_channels
-from pruning_core.graph import ChannelGraph, Plan, slim_
+from pruning_core import ChannelGraph, ChannelOptions, ChannelReport, Plan, plan_channels, slim_
+from pruning_core.options import Positive
 
 OPTION = "--slim_config"
 EXAMPLE = "apps/common/recipes/slim.yaml"
 PLAN, REPORT, PICTURE = "channel_plan.json", "channel_report.json", "channels.png"
 
 
-class SlimConfig(BaseModel):
-    """What the file says; ``plan_channels`` has the meaning of each, but of ``batches``."""
+class SlimConfig(ChannelOptions):
+    """What the file says: the options of ``plan_channels``, a budget, and how many batches scores are computed from."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    budget: dict[str, float] = Field(default_factory=lambda: {"macs": 0.5})
-    importance: str = "taylor"
-    batches: int = Field(default=16, ge=1)
-    scope: str = "global"
-    round_to: int = 8
-    max_share: float = 0.95
-    layers: dict[str, float] = Field(default_factory=dict)
+    budget: dict[str, float] = {"macs": 0.5}
+    batches: Positive = 16
+    criterion: str = "taylor"
+    round_to: Positive = 8
 
     @classmethod
-    def read(cls, path: str) -> SlimConfig:
+    def load(cls, path: str) -> SlimConfig:
         content = read_yaml(
             path, option=OPTION, missing=f"see {EXAMPLE}", expected="a mapping", example=f"see {EXAMPLE}"
         )
         try:
-            return cls(**content)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise BadInput(f"{OPTION}: {where}: {first['msg']}, got {first['input']!r}; see {EXAMPLE}") from error
+            return cls.read(content)
+        except ValueError as error:
+            raise BadInput(f"{OPTION}: {error}; see {EXAMPLE}") from error
 
 
 def cut(
@@ -68,7 +60,7 @@ def cut(
     example = data.example(tokenizer.model_input_names)
     with ranks.together():
         if saved is None and ranks.first:
-            planned = _planned(SlimConfig.read(options.slim_config), options, model, data, example)
+            planned = _planned(SlimConfig.load(options.slim_config), options, model, data, example)
     text = ranks.from_first(planned[0])
     with ranks.together(), _said():
         plan = Plan.from_dict(text)
@@ -78,7 +70,7 @@ def cut(
 def _planned(
     config: SlimConfig, options: Namespace, model: PreTrainedModel, data: Data, example: dict[str, Tensor]
 ) -> tuple[dict[str, Any], ChannelReport]:
-    choice = config.model_dump(exclude={"budget", "batches"})
+    choice = config.model_dump(exclude={"budget", "batches", "seed"})
     seeded = torch.Generator().manual_seed(options.seed)
     batches = data.batches(options.per_device_train_batch_size, seeded)
     with _said():
@@ -89,7 +81,6 @@ def _planned(
             **choice,
             batches=itertools.islice(batches, config.batches),
             to_loss=lambda model, batch: model(**batch).loss,
-            example_inputs=example,
             seed=options.seed,
         )
         return plan.to_dict(), ChannelReport.of(graph, plan)

@@ -1,0 +1,96 @@
+"""How channels are chosen: each option declared once, checked when it is given."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from pruning_core.criteria import CRITERIA
+from pruning_core.graph import ChannelGraph, ChannelGroup
+from pruning_core.limits import Limits, LimitsOption, read_limits
+from pruning_core.options import Names, Options, Patterns, Positive
+from pruning_core.selection import FAMILIES, Selector, family
+
+
+class ChannelOptions(Options):
+    """The options of ``plan_channels``, ``Pruner`` and ``slim``, with the names and messages that masks have too."""
+
+    criterion: Annotated[str, Field(description="what a channel is worth: a name from `pc.CRITERIA`")] = "l2"
+    scope: Annotated[
+        Literal["global", "local"],
+        Field(description="rank all channels together, or take the same share of each group"),
+    ] = "global"
+    round_to: Annotated[Positive, Field(description="what is left of a group is a multiple of this")] = 1
+    limits: Annotated[
+        LimitsOption,
+        Field(description="the share of a group that may go: 0.95, or regular expression -> most, or [least, most]"),
+    ] = 0.95
+    op_names: Annotated[Patterns, Field(description="regular expressions (`re.search`); empty: all layers")] = []
+    excluded_op_names: Annotated[
+        Patterns, Field(description="regular expressions of layers that stay whole, inputs and outputs")
+    ] = []
+    pruning_op_types: Annotated[
+        Names, Field(description="`Conv` (every convolution), `Linear`, or exact class names", min_length=1)
+    ] = list(FAMILIES)
+    seed: Annotated[int, Field(description="of `random`")] = 0
+
+    @field_validator("criterion")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        CRITERIA[value]
+        return value
+
+    @cached_property
+    def group_limits(self) -> Limits:
+        return read_limits(self.limits, most=0.95)
+
+
+class GroupLimits:
+    """How many channels of each group of a graph may go, and must; ValueError for names that the graph lacks."""
+
+    def __init__(self, graph: ChannelGraph, options: ChannelOptions) -> None:
+        self.graph, self.round_to, self.limits = graph, options.round_to, options.group_limits
+        self._layers = {name: _layers(group) for name, group in graph.groups.items()}
+        self.limits.check_names("limits", [layer for layers in self._layers.values() for layer in layers])
+        self._selector = Selector("", options.op_names, options.excluded_op_names, options.pruning_op_types)
+        self._modules = dict(self._selector.check(graph.model))
+        self._selects = bool(options.op_names) or options.pruning_op_types != list(FAMILIES)
+
+    def bounds(self, group: ChannelGroup) -> tuple[int, int]:
+        """(least, most) channels that go; (0, 0) where a layer of the group is excluded or not among the named."""
+        layers = self._layers[group.name]
+        excluded = Selector("", (), self._selector.excluded, ())
+        if any(excluded.why_not(layer) for layer in layers) or not self._selected(group):
+            return 0, 0
+        least, most = self.limits.of(layers)
+        high = min(int(len(group) * most), len(group) - 1)
+        return min(int(len(group) * least), high), high
+
+    def _selected(self, group: ChannelGroup) -> bool:
+        """Every convolution and linear layer that makes these channels is of the types and names that were given."""
+        makers = [axis.tensor.rpartition(".")[0] for axis in group.axes if axis not in self.graph.consumers]
+        known = [layer for layer in makers if family(self.graph.model.get_submodule(layer))]
+        return not self._selects or all(layer in self._modules and not self._selector.why_not(layer) for layer in known)
+
+    def rounded(self, group: ChannelGroup, count: int) -> int:
+        """The largest number not above ``count`` that leaves a multiple of ``round_to``, in rows of the first axis."""
+        rows = len(group.slices[0][group.axes[0]])
+        least, most = self.bounds(group)
+        count = min(max(count, least), most)
+        while count and ((len(group) - count) * rows) % self.round_to:
+            count -= 1
+        return count
+
+
+def _layers(group: ChannelGroup) -> list[str]:
+    """The layers that a group of channels runs through."""
+    return list(dict.fromkeys(axis.tensor.rpartition(".")[0] for axis in group.axes))
+
+
+def read_options(**given: Any) -> ChannelOptions:
+    """Checked options; tuples of names do as well as lists."""
+    return ChannelOptions.read(
+        {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    )

@@ -1,0 +1,128 @@
+"""The score of each channel: a criterion, folded over every tensor that the channel runs through."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pruning_core.criteria import Criterion, Slices, fold_lines
+from pruning_core.graph import ChannelGraph, GraphError
+from pruning_core.graph.inputs import buffers_kept
+from pruning_core.graph.trace.labels import Axis
+
+ToLoss = Callable[[nn.Module, Any], Any]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches, and ``to_loss(model, batch)``: what gradients and activations are computed from."""
+
+    batches: Iterable[Any] = ()
+    to_loss: ToLoss | None = None
+
+    def needed(self, what: str) -> ToLoss:
+        if self.to_loss is None:
+            raise GraphError(f"criterion: {what} needs data, got none; give batches and to_loss")
+        return self.to_loss
+
+
+def unit_scores(graph: ChannelGraph, criterion: Criterion, data: Data) -> dict[int, float]:
+    """``mean over slices / mean of the group``, by unit: groups can be compared.
+
+    A unit that no slice says anything about has no score, and stays. Buffers (statistics of norms) say nothing.
+    """
+    units = graph.components.of_label
+    total, count = np.zeros(units.max() + 1), np.zeros(units.max() + 1)
+    for axis, values in _axis_scores(graph, criterion, data).items():
+        owners = units[graph.labels.axes[axis].numpy()]
+        np.add.at(total, owners, values.double().cpu().numpy())
+        np.add.at(count, owners, 1)
+    scores: dict[int, float] = {}
+    for group in graph.groups.values():
+        members = [unit for unit in group.members if count[unit]]
+        raw = total[members] / count[members]
+        mean = raw.mean() if len(raw) and raw.mean() > 0 else 1.0
+        scores.update({unit: float(value / mean) for unit, value in zip(members, raw, strict=True)})
+    if not all(np.isfinite(list(scores.values()))):
+        raise GraphError("criterion: a score is not finite, got nan or inf in weights or gradients; repair them first")
+    return scores
+
+
+def _axis_scores(graph: ChannelGraph, criterion: Criterion, data: Data) -> dict[Axis, Tensor]:
+    """Per axis of a parameter that any group runs along: float64 (length,)."""
+    every = sorted({axis for group in graph.groups.values() for axis in group.axes}, key=str)
+    axes = [axis for axis in every if axis.tensor in graph.parameters]
+    if type(criterion).of_slices is not Criterion.of_slices:
+        values = _activations(graph, data) if criterion.needs.startswith("the activations") else None
+        found = {axis: criterion.of_slices(_slices(graph, axis, values)) for axis in axes}
+        return {axis: each for axis, each in found.items() if each is not None}
+    if not criterion.needs_gradient:  # norms and biases cannot be compared with weights, so they say nothing
+        matrices = [axis for axis in axes if graph.stored.names[axis.tensor].dim() > 1]
+        sums = _folded(graph, criterion, matrices, {})
+        return {axis: criterion.finish(each) for axis, each in sums.items()}
+    sums, batches = {axis: torch.zeros(()) for axis in axes}, 0
+    for gradients in _gradients(graph, data):
+        for axis, each in _folded(graph, criterion, axes, gradients).items():
+            sums[axis] = sums[axis] + each
+        batches += 1
+    if not batches:
+        raise GraphError("criterion: batches is empty, got no batch; give at least one")
+    return {axis: criterion.finish(each / batches) for axis, each in sums.items()}
+
+
+def _folded(
+    graph: ChannelGraph, criterion: Criterion, axes: list[Axis], gradients: dict[str, Tensor]
+) -> dict[Axis, Tensor]:
+    """One step's sums: a tensor is scored once and folded along each of its axes."""
+    scored: dict[str, Tensor] = {}
+    found = {}
+    for axis in axes:
+        if axis.tensor not in scored:
+            scored.clear()
+            weight = graph.stored.names[axis.tensor].detach().double()
+            gradient = gradients.get(axis.tensor, torch.zeros_like(weight)) if criterion.needs_gradient else None
+            scored[axis.tensor] = criterion.score(weight, None if gradient is None else gradient.double())
+        found[axis] = criterion.each_step(fold_lines(scored[axis.tensor], axis.dim).sum(1))
+    return found
+
+
+def _slices(graph: ChannelGraph, axis: Axis, activations: np.ndarray | None) -> Slices:
+    tensor = graph.stored.names[axis.tensor]
+    layer, _, name = axis.tensor.rpartition(".")
+    norm_scale = tensor.dim() == 1 and name == "weight" and hasattr(graph.model.get_submodule(layer), "running_mean")
+    values = None if activations is None else torch.from_numpy(activations[graph.labels.axes[axis].numpy()])
+    return Slices(tensor, axis.dim, axis in graph.consumers, norm_scale, values)
+
+
+def _activations(graph: ChannelGraph, data: Data) -> np.ndarray:
+    """An activation carries the labels of the axis that produced it."""
+    to_loss = data.needed("activation")
+    return graph.mean_activations(lambda model: [to_loss(model, batch) for batch in data.batches])
+
+
+def _gradients(graph: ChannelGraph, data: Data) -> Iterator[dict[str, Tensor]]:
+    """The gradients of one batch after the other; the model's own are left as they are."""
+    to_loss = data.needed("a gradient")
+    with own_gradients(graph.model):
+        for batch in data.batches:
+            graph.model.zero_grad(set_to_none=True)
+            to_loss(graph.model, batch).sum().backward()
+            yield {name: each.grad for name, each in graph.model.named_parameters() if each.grad is not None}
+
+
+@contextlib.contextmanager
+def own_gradients(model: nn.Module) -> Iterator[None]:
+    """A pass that only looks: gradients and buffers are afterwards what they were."""
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        with buffers_kept(model):
+            yield
+    finally:
+        for parameter, grad in before:
+            parameter.grad = grad

@@ -1,0 +1,61 @@
+"""Pieces that must stay of one size: channels are given back until they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from torch import Tensor
+
+from pruning_core.graph.couple.components import Components
+
+
+class Balances:
+    """For each pair of pieces, by how much each unit weighs on the one side more than on the other."""
+
+    def __init__(self, components: Components, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        self.weights: list[dict[int, int]] = []
+        self.of_unit: dict[int, list[int]] = {}
+        seen = set()
+        for left, right in pairs:
+            weights = _weights(components, left, right)
+            key = frozenset(weights.items())
+            if weights and key not in seen:
+                seen.add(key)
+                for unit in weights:
+                    self.of_unit.setdefault(unit, []).append(len(self.weights))
+                self.weights.append(weights)
+
+    def off(self, removed: set[int]) -> list[int]:
+        return [sum(weight for unit, weight in weights.items() if unit in removed) for weights in self.weights]
+
+    def restored(self, removed: set[int], score: Mapping[int, float] | None = None) -> set[int]:
+        """What may still go: of the side that loses more, the best channels are given back first."""
+        removed = set(removed)
+        off = self.off(removed)
+        open_pairs = [i for i, each in enumerate(off) if each]
+        while open_pairs:
+            pair = open_pairs[0]
+            sign = np.sign(off[pair])
+            candidates = [unit for unit, weight in self.weights[pair].items() if unit in removed and weight * sign > 0]
+            unit = max(candidates, key=lambda each: self._rank(each, off, score))
+            removed.discard(unit)
+            for i in self.of_unit[unit]:
+                off[i] -= self.weights[i][unit]
+            open_pairs = [i for i, each in enumerate(off) if each]
+        return removed
+
+    def _rank(self, unit: int, off: list[int], score: Mapping[int, float] | None) -> tuple[int, float]:
+        """First those that bring all their pairs nearer to balance, then the best."""
+        gain = sum(abs(off[i]) - abs(off[i] - self.weights[i][unit]) for i in self.of_unit[unit])
+        return gain, (score or {}).get(unit, 0.0)
+
+
+def _weights(components: Components, left: Tensor, right: Tensor) -> dict[int, int]:
+    weights: dict[int, int] = {}
+    for vector, sign in ((left, 1), (right, -1)):
+        units, counts = np.unique(components.of(vector).numpy(), return_counts=True)
+        for unit, count in zip(units.tolist(), counts.tolist(), strict=True):
+            if unit >= 0:
+                weights[unit] = weights.get(unit, 0) + sign * count
+    return {unit: weight for unit, weight in weights.items() if weight}

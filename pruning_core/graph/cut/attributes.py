@@ -1,0 +1,98 @@
+"""Sizes that modules keep as attributes: where they are, what they may become, what was changed."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from pruning_core.graph.cut.widths import widths
+
+
+class Attributes:
+    """The changes, one after another; only plain numbers, so that they can be saved and done again."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules())
+        self._log: list[tuple[str, str, Any]] = []
+
+    @property
+    def changed(self) -> dict[str, dict[str, Any]]:
+        """What was set, by module."""
+        found: dict[str, dict[str, Any]] = {}
+        for path, name, _ in self._log:
+            found.setdefault(path, {})[name] = getattr(self.modules[path], name)
+        return found
+
+    def set(self, path: str, name: str, value: Any) -> None:
+        self._log.append((path, name, getattr(self.modules[path], name)))
+        setattr(self.modules[path], name, value)
+
+    def mark(self) -> int:
+        """To come back to."""
+        return len(self._log)
+
+    def back_to(self, mark: int) -> None:
+        while len(self._log) > mark:
+            path, name, before = self._log.pop()
+            setattr(self.modules[path], name, before)
+
+    def follow_parameters(self) -> None:
+        """PyTorch's own modules say their widths."""
+        for path, module in self.modules.items():
+            for name, value in widths(module).items():
+                if getattr(module, name) != value:
+                    self.set(path, name, value)
+
+    def holders(self, where: str, old: int, upwards: bool) -> Iterator[tuple[str, str]]:
+        """Attributes that hold this number: in the module where it is needed, then in those around it."""
+        for path in upwards_from(where) if upwards else [where]:
+            names = [name for name in vars(self.modules[path]) if self.hold(path, name, old)]
+            for name in sorted(names, key=_unlikely):
+                yield path, name
+
+    def hold(self, path: str, name: str, old: int) -> bool:
+        """Whether this attribute is this number, or several of which one is."""
+        value = vars(self.modules[path]).get(name)
+        if isinstance(value, (tuple, list)):
+            return bool(value) and all(_is_number(each) for each in value) and old in value
+        return _is_number(value) and value == old
+
+    def candidates(self, path: str, name: str, old: int, changes: Mapping[int, int]) -> list[Any]:
+        """What an attribute may have to be; of several numbers all that change, or this one alone."""
+        value = getattr(self.modules[path], name)
+        if not isinstance(value, (tuple, list)):
+            return [changes[old]]
+        several = (changes, {old: changes[old]})
+        return [like(value, [each.get(int(number), int(number)) for number in value]) for each in several]
+
+    def apply_to(self, model: nn.Module) -> None:
+        modules = dict(model.named_modules())
+        for path, values in self.changed.items():
+            for name, value in values.items():
+                setattr(modules[path], name, value)
+
+
+def like(value: Any, several: list[int]) -> Any:
+    """A tuple, a named one or a list, as the value is."""
+    return getattr(type(value), "_make", type(value))(several)
+
+
+def _is_number(value: Any) -> bool:
+    """Of numpy as well."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def upwards_from(path: str) -> Iterator[str]:
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+    yield ""
+
+
+def _unlikely(name: str) -> bool:
+    """Attributes that seldom say how many channels there are come last."""
+    seldom = ("window", "shift", "kernel", "stride", "padding", "dilation", "patch", "layer", "depth", "dropout")
+    return len(name) == 1 or any(word in name for word in seldom)

@@ -1,0 +1,150 @@
+"""Runs a cut model and compares it with the masked one, operation by operation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pruning_core.graph.cut.reference import MaskedRun
+from pruning_core.graph.errors import GraphError
+from pruning_core.graph.inputs import Inputs, untouched
+from pruning_core.graph.trace.labels import holds_any, unexpanded
+from pruning_core.graph.trace.operations import SIZED, UNSTEADY
+from pruning_core.graph.trace.recorder import Call, ModulePath, Numbers, Operation, arguments_of, number_in, shapes_of
+
+
+@dataclass(frozen=True)
+class CutModel:
+    """A cut model, the run of the masked one, and ``accept``: the relative difference of an output; raises where it is
+    above the tolerance."""
+
+    model: nn.Module
+    trace: MaskedRun
+    example: Inputs
+    accept: Callable[[Any], float]
+
+    def run(self) -> Outcome:
+        args, kwargs = self.example
+        path, compare = ModulePath(self.model), Comparing(self.trace)
+        try:
+            with untouched(self.model), torch.inference_mode(), compare:
+                output = self.model(*args, **kwargs)
+            short = (
+                Diverged("it ends where the dense model goes on") if compare.at < len(self.trace.operations) else None
+            )
+            return Outcome(compare.at, "", short, output)
+        except Exception as error:
+            return Outcome(compare.at, path.now, error, None)
+        finally:
+            path.remove()
+
+    def holds(self) -> bool:
+        run = self.run()
+        try:
+            return run.error is None and self.accept(run.output) >= 0
+        except GraphError:
+            return False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How far a cut model followed the masked one: ``at`` operations, then ``error`` in module ``where``, or ``output``."""
+
+    at: int
+    where: str
+    error: Exception | None
+    output: Any
+
+
+class Diverged(Exception):  # noqa: N818 - it ends a run, it is no error by itself
+    """The cut model does something else than the dense one did."""
+
+
+class Comparing(TorchDispatchMode):
+    """Compares every shape of a cut model with what is left of the dense model's."""
+
+    def __init__(self, trace: MaskedRun) -> None:
+        super().__init__()
+        self.trace, self.at = trace, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        call = Call(func, arguments_of(func, args, kwargs or {}), "")
+        name = call.name
+        if name in UNSTEADY:
+            return func(*args, **(kwargs or {}))
+        if self.at >= len(self.trace.operations):
+            raise Diverged("it goes on where the dense model ended")
+        operation = self.trace.operations[self.at]
+        if name != operation.name:
+            raise Diverged(f"it runs {name} where the dense model runs {operation.name}")
+        pointwise = torch.Tag.pointwise in func.tags
+        if name not in SIZED and not _numbers_fit(operation, call.numbers(), self.trace.dead, pointwise):
+            raise Diverged(f"{name} gets other numbers than the dense model's")
+        if operation.constants and not _constants_fit(operation, call.tensors()):
+            raise Diverged(f"{name} computes with another number than the dense model does")
+        result = func(*args, **(kwargs or {}))
+        want = expected(operation, self.trace.dead)
+        for have, should in zip(shapes_of(result), want, strict=True):
+            if should is not None and have != should:
+                raise Diverged(f"{name} gives {list(have)} instead of {list(should)}")
+        self.at += 1
+        return result
+
+
+def _numbers_fit(operation: Operation, numbers: Numbers, dead: Tensor, pointwise: bool) -> bool:
+    """Sizes may change as the cut demands; what is computed with may not."""
+    if len(numbers) != len(operation.numbers) or numbers == operation.numbers:
+        return numbers == operation.numbers
+    changes = {} if pointwise else demands(operation, dead)
+    pairs = zip(operation.numbers, numbers, strict=True)
+    return all(_near(was, now) or (type(was) is int and now == changes.get(was)) for was, now in pairs)
+
+
+def _constants_fit(operation: Operation, tensors: list[Tensor]) -> bool:
+    pairs = [(was, number_in(tensors[i])) for i, was in operation.constants if i < len(tensors)]
+    return all(now is None or _near(was, now) for was, now in pairs)
+
+
+def _near(was: float, now: float) -> bool:
+    """Fractions may have been computed from a tensor, and are rounded then."""
+    return was == now or (type(was) is float and (math.isclose(was, now, rel_tol=1e-5) or math.isnan(was)))
+
+
+def expected(operation: Operation, dead: Tensor) -> list[tuple[int, ...] | None]:
+    """The shapes that are left; None where nothing is known."""
+    shadows = (
+        operation.shadow if isinstance(operation.shadow, (tuple, list)) else [operation.shadow] * len(operation.shapes)
+    )
+    if len(shadows) != len(operation.shapes):
+        return [None] * len(operation.shapes)
+    return [left(each, dead) if isinstance(each, Tensor) and holds_any(each) else None for each in shadows]
+
+
+def left(labels: Tensor, dead: Tensor) -> tuple[int, ...] | None:
+    """The shape of a label tensor when its dead labels are taken out; None where that is no rectangle."""
+    core = unexpanded(labels)[0]
+    alive = ~dead[core.long()]
+    shape = []
+    for dim, size in enumerate(labels.shape):
+        if alive.shape[dim] != size:
+            shape.append(size)
+        else:
+            shape.append(int(alive.movedim(dim, 0).reshape(size, -1).any(1).sum()) if size else 0)
+    known = [n for dim, n in enumerate(shape) if alive.shape[dim] == labels.shape[dim]]
+    return tuple(shape) if int(alive.sum()) == int(torch.tensor(known or [1]).prod()) else None
+
+
+def demands(operation: Operation, dead: Tensor) -> dict[int, int]:
+    """Which sizes must become which; first those among the operation's own arguments."""
+    changes: dict[int, int] = {}
+    for shape, shadow in operation.tensors:
+        now = left(shadow, dead) if isinstance(shadow, Tensor) else None
+        if now is not None:
+            changes.update({old: new for old, new in zip(shape, now, strict=True) if old != new})
+    return dict(sorted(changes.items(), key=lambda each: each[0] not in operation.numbers))

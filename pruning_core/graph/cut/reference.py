@@ -1,0 +1,112 @@
+"""The reference: the dense model, masked, computing what the cut one must compute.
+
+Whatever reads removed channels reads zeros in their place, and norms take their statistics over the kept ones. So cut
+and reference are equal for any activation, bias, norm, gate and padding in between.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pruning_core.graph.inputs import Inputs
+from pruning_core.graph.plan import Plan
+from pruning_core.graph.trace.labels import NONE, Labels, unexpanded, varies
+from pruning_core.graph.trace.operations import CONSUMERS, LAST_DIM_NORMS
+from pruning_core.graph.trace.recorder import Call, Recorder
+from pruning_core.graph.trace.run import record
+from pruning_core.graph.trace.shadows import AxisLabels, Shadow, StoredTensors
+
+
+class MaskedRun(Recorder):
+    """Runs the dense model as if the labels in ``dead`` (bool per label) were gone."""
+
+    def __init__(self, labels: Labels, stored: StoredTensors, dead: Tensor) -> None:
+        super().__init__(labels, stored)
+        self.dead = dead
+
+    def execute(self, call: Call, args: Any, kwargs: Any) -> Any:
+        if call.name in LAST_DIM_NORMS and self._gone(call, "input", -1) is not None:
+            return self._last(call)
+        if call.name == "group_norm" and self._gone(call, "input", 1) is not None:
+            return self._group_norm(call)
+        if call.name not in CONSUMERS:
+            return call.func(*args, **kwargs)
+        masked = {id(each): self._masked(each, call.shadows.get(id(each))) for each in call.tensors()}
+        args, kwargs = pytree.tree_map_only(Tensor, lambda each: masked.get(id(each), each), (args, kwargs))
+        result = call.func(*args, **kwargs)
+        return result * self._share(call) if call.name == "mean" else result
+
+    def _masked(self, tensor: Tensor, shadow: Shadow) -> Tensor:
+        if shadow is None or not tensor.is_floating_point():
+            return tensor
+        for labels in [shadow] if isinstance(shadow, Tensor) else [shadow.spread(dim) for dim in shadow.labelled()]:
+            gone = self._dead(labels)
+            if bool(unexpanded(gone)[0].any()):
+                tensor = tensor.masked_fill(gone, 0)
+        return tensor
+
+    def _dead(self, labels: Tensor) -> Tensor:
+        core = unexpanded(labels)[0]
+        return self.dead[core.long()].expand(labels.shape)
+
+    def _gone(self, call: Call, argument: str, dim: int) -> Tensor | None:
+        """Which indices of a dimension are gone on all lines along it, if any: not those of one removed head."""
+        shadow = call.shadow(argument)
+        if isinstance(shadow, AxisLabels):
+            lines = shadow.vector(dim % len(shadow.shape))[None]
+        elif isinstance(shadow, Tensor) and varies(shadow, dim % shadow.dim()):
+            lines = unexpanded(shadow)[0].movedim(dim, -1).reshape(-1, shadow.shape[dim])
+        else:
+            return None
+        gone = self.dead[lines.long()].all(0)
+        return gone if bool(gone.any()) else None
+
+    def _last(self, call: Call) -> Tensor:
+        gone = self._gone(call, "input", -1)
+        assert gone is not None
+        kept = (~gone).nonzero()[:, 0]
+        narrow = {name: call[name][..., kept] for name in ("input", "weight", "bias") if isinstance(call[name], Tensor)}
+        part = call.func(**{**call.arguments, **narrow, "normalized_shape": [len(kept)]})
+        return torch.zeros_like(call["input"]).index_copy(-1, kept, part)
+
+    def _group_norm(self, call: Call) -> Tensor:
+        gone = self._gone(call, "input", 1)
+        assert gone is not None
+        kept = (~gone).nonzero()[:, 0]
+        groups = len(kept) if call["num_groups"] == len(gone) else call["num_groups"]
+        narrow = {name: call[name][kept] for name in ("weight", "bias") if isinstance(call[name], Tensor)}
+        part = call.func(**{**call.arguments, **narrow, "input": call["input"][:, kept], "num_groups": groups})
+        return torch.zeros_like(call["input"]).index_copy(1, kept, part)
+
+    def _share(self, call: Call) -> float:
+        """A mean over channels is over the kept ones."""
+        shadow = call.shadow("self")
+        if not isinstance(shadow, Tensor):
+            return 1.0
+        dims = call["dim"] if isinstance(call["dim"], (list, tuple)) else [call["dim"]]
+        share = 1.0
+        for dim in dims if dims != [None] else []:
+            gone = self._gone(call, "self", dim)
+            share *= 1.0 if gone is None else len(gone) / int((~gone).sum())
+        return share
+
+
+def dead_labels(labels: Labels, plan: Plan) -> Tensor:
+    """Bool per label: whether the plan removes it."""
+    dead = np.zeros(len(labels), dtype=bool)
+    for axis, at in plan.removed.items():
+        dead[labels.axes[axis].numpy()[list(at)]] = True
+    dead[NONE] = False
+    return torch.from_numpy(dead)
+
+
+def masked_run(model: nn.Module, plan: Plan, example: Inputs) -> MaskedRun:
+    """What the cut model must give on the example, as ``output``, and every operation on the way."""
+    labels = Labels(plan.narrow_heads)
+    stored = StoredTensors(labels, model)
+    return record(MaskedRun(labels, stored, dead_labels(labels, plan)), model, example, training=False)

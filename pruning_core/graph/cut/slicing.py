@@ -1,0 +1,98 @@
+"""Takes indices out of parameters, buffers and optimizer states, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pruning_core.graph.errors import GraphError
+from pruning_core.graph.plan import Plan, named_tensors
+from pruning_core.graph.trace.labels import Axis
+
+Before = Mapping[str, tuple[Tensor, Tensor, Tensor | None]]
+
+
+def put(tensor: Tensor, data: Tensor) -> None:
+    """Gives a tensor other data, of any shape. Autograd remembers a leaf's shape for as long as some graph of it lives
+    (the last loss that a loop still holds), and forgets it only when the type changes as well."""
+    if tensor.requires_grad and tensor.is_leaf and tensor.shape != data.shape:
+        other = torch.float16 if data.dtype != torch.float16 else torch.float32
+        tensor.data = torch.empty(0, dtype=other, device=data.device)
+    tensor.data = data
+
+
+def laid_out(part: Tensor, whole: Tensor) -> Tensor:
+    """A part in the memory format of the whole."""
+    for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if whole.dim() == dims and whole.is_contiguous(memory_format=layout) and not whole.is_contiguous():
+            return part.contiguous(memory_format=layout)
+    return part
+
+
+def cut_parameters(model: nn.Module, plan: Plan) -> None:
+    tensors = named_tensors(model)
+    by_tensor: dict[str, list[Axis]] = {}
+    for axis in plan.removed:
+        by_tensor.setdefault(axis.tensor, []).append(axis)
+    for name, axes in by_tensor.items():
+        tensor = tensors[name]
+        data = tensor.detach()
+        for axis in axes:
+            data = data.index_select(axis.dim, torch.tensor(plan.kept(axis), device=data.device))
+        put(tensor, laid_out(data, tensor))
+        tensor.grad = None
+
+
+def cut_optimizer(
+    optimizer: Optimizer, before: Before, plan: Plan, model: nn.Module
+) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """States of a parameter's shape lose what it loses; factored ones (Adafactor's rows and columns) their part. What
+    each must become: nothing is changed here."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    changes = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names.get(id(parameter))
+            axes = [axis for axis in plan.removed if axis.tensor == name]
+            if not axes or parameter not in optimizer.state:
+                continue
+            assert name is not None
+            state = optimizer.state[parameter]
+            shape = tuple(before[name][1].shape)
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.dim():
+                    changes.append((state, key, _cut(f"{name}: {key}", key, value, shape, axes, plan)))
+    return changes
+
+
+def _cut(what: str, key: str, value: Tensor, shape: tuple[int, ...], axes: list[Axis], plan: Plan) -> Tensor:
+    dims = _dims(key, tuple(value.shape), shape)
+    if dims is None:
+        raise GraphError(
+            f"optimizer: {what} has shape {tuple(value.shape)}, which does not follow from the parameter's {shape}; "
+            "make the optimizer anew after slim_"
+        )
+    part = value
+    for axis in axes:
+        if axis.dim in dims:
+            at = dims.index(axis.dim)
+            if part.shape[at] == plan.sizes[axis]:
+                part = part.index_select(at, torch.tensor(plan.kept(axis), device=part.device))
+    return laid_out(part.clone() if part._is_view() else part, value)
+
+
+def _dims(key: str, value: tuple[int, ...], shape: tuple[int, ...]) -> list[int | None] | None:
+    """Which of the parameter's dimensions each dimension of a state is."""
+    if value == shape:
+        return list(range(len(shape)))
+    if len(value) == len(shape) and all(mine in (1, whole) for mine, whole in zip(value, shape, strict=True)):
+        return [dim if value[dim] == shape[dim] else None for dim in range(len(shape))]
+    if key.endswith("row") and value == shape[:-1]:
+        return list(range(len(shape) - 1))
+    if key.endswith("col") and value == shape[:-2] + shape[-1:]:
+        return [*range(len(shape) - 2), len(shape) - 1]
+    return None

@@ -1,0 +1,17 @@
+"""What a model, an example or a plan cannot do, as one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class GraphError(ValueError):
+    """A model that cannot be traced or cut, or a plan that does not fit it; the message says what and where."""
+
+
+class CannotFollowError(GraphError):
+    """The model's code does not follow a cut at this ``operation`` of its trace."""
+
+    def __init__(self, operation: Any, message: str) -> None:
+        super().__init__(message)
+        self.operation = operation

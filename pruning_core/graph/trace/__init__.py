@@ -1,0 +1,1 @@
+"""A run of the model, seen through labels: one for each channel of each weight."""

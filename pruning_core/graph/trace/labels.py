@@ -1,0 +1,152 @@
+"""Labels: one integer for each index of each axis of each parameter, and what is known of them.
+
+An activation carries, element by element, the label of the parameter index that produced it; label 0 is none. Channels
+that go together are tied; channels that must stay are frozen, with the reason. ``couple`` solves them into units.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NONE = 0
+_HIGH = 1 << 32
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a parameter or a buffer."""
+
+    tensor: str
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.tensor}:{self.dim}"
+
+    @staticmethod
+    def parse(text: str) -> Axis:
+        tensor, _, dim = text.rpartition(":")
+        return Axis(tensor, int(dim))
+
+
+def varies(labels: Tensor, dim: int) -> bool:
+    """Whether the labels differ along this dimension."""
+    return labels.shape[dim] > 1 and labels.stride(dim) != 0 and bool((labels != labels.narrow(dim, 0, 1)).any())
+
+
+def varying(labels: Tensor) -> list[int]:
+    return [dim for dim in range(labels.dim()) if varies(labels, dim)]
+
+
+def compact(labels: Tensor) -> Tensor:
+    """The same labels, stored once along the dimensions where they do not differ (an expanded view)."""
+    core = labels
+    for dim in reversed(range(labels.dim())):
+        if core.shape[dim] > 1 and not varies(core, dim):
+            core = core.narrow(dim, 0, 1)
+    return core.contiguous().expand(labels.shape) if core.shape != labels.shape else labels
+
+
+def unexpanded(*labels: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of one shape, narrowed to length 1 along the dimensions in which all of them are expanded views."""
+    for dim in range(labels[0].dim()):
+        if labels[0].shape[dim] > 1 and all(each.stride(dim) == 0 for each in labels):
+            labels = tuple(each.narrow(dim, 0, 1) for each in labels)
+    return labels
+
+
+def holds_any(labels: Tensor | None) -> bool:
+    return labels is not None and bool((unexpanded(labels)[0] != NONE).any())
+
+
+class Labels:
+    """All labels of a model; ties, frozen and removable labels, and balances are collected while it runs.
+
+    ``narrow_heads``: attention loses channels of every head, not heads.
+    """
+
+    def __init__(self, narrow_heads: bool = False) -> None:
+        self.narrow_heads = narrow_heads
+        self.axes: dict[Axis, Tensor] = {}
+        self.ties: list[Tensor] = []
+        self.frozen: list[tuple[Tensor, str]] = []
+        self.removable: list[Tensor] = []
+        self.balances: list[tuple[Tensor, Tensor]] = []
+        self.place = ""
+        self._starts: list[int] = [0]
+        self._owners: list[Axis | None] = [None]
+        self._count = 1
+
+    @contextmanager
+    def at(self, place: str) -> Iterator[None]:
+        """Names the place in the model that everything frozen inside is frozen at."""
+        outer, self.place = self.place, place
+        try:
+            yield
+        finally:
+            self.place = outer
+
+    def add(self, axis: Axis, size: int) -> Tensor:
+        """Fresh labels for an axis: int32 (size,)."""
+        self._starts.append(self._count)
+        self._owners.append(axis)
+        self.axes[axis] = torch.arange(self._count, self._count + size, dtype=torch.int32)
+        self._count += size
+        return self.axes[axis]
+
+    def owner(self, label: int) -> Axis | None:
+        return self._owners[bisect.bisect_right(self._starts, label) - 1]
+
+    def same_owner(self, labels: Tensor) -> bool:
+        return len({self.owner(int(label)) for label in labels.unique()}) == 1
+
+    def tie(self, left: Tensor, right: Tensor, because: str = "") -> None:
+        """Element by element: both go or both stay. Beside no label, a label is frozen."""
+        left, right = self._pairs(left, right)
+        self.freeze(torch.cat([left[right == NONE], right[left == NONE]]), because or "meets a fixed size")
+        self._keep_pairs(left, right)
+
+    def tie_where_both(self, left: Tensor, right: Tensor) -> None:
+        """Like ``tie``, but a label beside no label is left alone."""
+        self._keep_pairs(*self._pairs(left, right))
+
+    def tie_along(self, labels: Tensor, dim: int) -> Tensor:
+        """Ties each line along ``dim`` to its first element; returns the first elements, length 1 along ``dim``."""
+        first = labels.narrow(dim, 0, 1)
+        if varies(labels, dim):
+            self.tie(labels, first.expand(labels.shape))
+        return first
+
+    def balance(self, left: Tensor, right: Tensor) -> None:
+        """As many go on one side as on the other, not the same ones: two pieces of one ``chunk``."""
+        self.balances.append((left, right))
+
+    def freeze(self, labels: Tensor, because: str) -> None:
+        """Marks labels as staying, with the reason that ``frozen()`` gives."""
+        labels = unexpanded(labels)[0].unique()
+        labels = labels[labels != NONE]
+        if labels.numel():
+            self.frozen.append((labels, f"{because}, at {self.place}" if self.place else because))
+
+    def mark_removable(self, labels: Tensor) -> None:
+        """Marks labels without consumers as removable."""
+        self.removable.append(unexpanded(labels)[0].unique())
+
+    def __len__(self) -> int:
+        return self._count
+
+    @staticmethod
+    def _pairs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = unexpanded(*torch.broadcast_tensors(left, right))
+        keys = (left.long() * _HIGH + right.long()).unique()
+        return (keys // _HIGH).int(), (keys % _HIGH).int()
+
+    def _keep_pairs(self, left: Tensor, right: Tensor) -> None:
+        matter = (left != NONE) & (right != NONE) & (left != right)
+        if bool(matter.any()):
+            self.ties.append(torch.stack([left[matter], right[matter]]))

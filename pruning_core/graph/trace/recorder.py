@@ -1,0 +1,257 @@
+"""Sees every operation of one run on real tensors, with labels beside the numbers.
+
+In inference mode PyTorch hands whole operations (``linear``, ``batch_norm``, ``lstm``, ``einsum``) to a dispatch mode.
+So whatever the model can run can be traced: no exporter, no symbolic shapes, data-dependent code included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from pruning_core.graph.trace.labels import Axis, Labels, holds_any
+from pruning_core.graph.trace.operations import FRESH, UNSTEADY
+from pruning_core.graph.trace.shadows import AxisLabels, Shadow, StoredTensors, as_activation
+
+Numbers = tuple[int | float, ...]
+
+
+@dataclass
+class Call:
+    """One operation: its arguments by name, what it returned, the module it ran in."""
+
+    func: Any
+    arguments: dict[str, Any]
+    where: str
+    shadows: dict[int, Shadow] = field(default_factory=dict)
+    result: Any = None
+
+    @property
+    def name(self) -> str:
+        return str(self.func.overloadpacket.__name__)
+
+    def __getitem__(self, argument: str) -> Any:
+        return self.arguments.get(argument)
+
+    def __contains__(self, argument: str) -> bool:
+        return argument in self.arguments
+
+    def shadow(self, argument: str) -> Shadow:
+        return self.shadows.get(id(self.arguments.get(argument)))
+
+    def numbers(self) -> Numbers:
+        return tuple(each for each in pytree.tree_leaves(self.arguments) if type(each) in (int, float))
+
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in pytree.tree_leaves(self.arguments) if isinstance(leaf, Tensor)]
+
+
+def arguments_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    schema = func._schema.arguments
+    named = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    named.update({argument.name: value for argument, value in zip(schema, args, strict=False)})
+    return {**named, **kwargs}
+
+
+class ModulePath:
+    """The path of the module that runs, kept by hooks; after an exception, of the one that raised it.
+
+    ``watch(path, tensors)`` is called with the tensor arguments of each module that begins.
+    """
+
+    def __init__(self, model: nn.Module, watch: Callable[[str, list[Tensor]], None] | None = None) -> None:
+        self.stack: list[str] = [""]
+        self.watch = watch
+        self._hooks = []
+        for name, module in model.named_modules():
+            self._hooks.append(module.register_forward_pre_hook(self._entering(name), prepend=True, with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._leaving))
+
+    @property
+    def now(self) -> str:
+        return self.stack[-1]
+
+    def _entering(self, name: str) -> Any:
+        def enter(module: nn.Module, inputs: Any, keywords: Any) -> None:
+            self.stack.append(name)
+            if self.watch is not None:
+                self.watch(name, [each for each in pytree.tree_leaves((inputs, keywords)) if isinstance(each, Tensor)])
+
+        return enter
+
+    def _leaving(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.stack.pop()
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+class Recorder(TorchDispatchMode):
+    """Follows the labels through one forward pass.
+
+    ``operations``: all that ran. ``consumers``: axes of weights that read channels. ``norms``: modules that take
+    statistics over channels. ``costs``: multiply-adds. ``products``: sums of channels times channels. ``inputs``: the
+    labels that each module was first called with.
+    """
+
+    path: ModulePath
+    rule_of: Callable[[Call], Any]
+
+    def __init__(self, labels: Labels, stored: StoredTensors) -> None:
+        super().__init__()
+        self.labels, self.stored = labels, stored
+        self.shadows = WeakTensorKeyDictionary()
+        self.squares = WeakTensorKeyDictionary()
+        self._made = WeakTensorKeyDictionary()
+        self._quiet = False
+        self._buffers: dict[int, Tensor] = {}
+        self.operations: list[Operation] = []
+        self.costs: list[Cost] = []
+        self.products: list[tuple[str, Tensor]] = []
+        self.consumers: set[Axis] = set()
+        self.norms: set[str] = set()
+        self.dtypes: set[torch.dtype] = set()
+        self.inputs: dict[str, Tensor] = {}
+        self.output: Any = None
+
+    def begin(self, rule_of: Callable[[Call], Any], path: ModulePath) -> None:
+        """``rule_of`` gives what an operation does to labels."""
+        self.rule_of, self.path = rule_of, path
+
+    def shadow_of(self, tensor: Tensor) -> Shadow:
+        if tensor in self.shadows:
+            return self.shadows[tensor]
+        return self.stored.shadow(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._quiet:
+            return func(*args, **(kwargs or {}))
+        call = Call(func, arguments_of(func, args, kwargs or {}), self.path.now)
+        with self.labels.at(f"{call.name} in {call.where or 'the model'}"):
+            call.shadows = {id(each): self.shadow_of(each) for each in call.tensors()}
+            constants = self._constants(call)
+            call.result = result = self.execute(call, args, kwargs or {})
+            shadow = self.rule_of(call)(self, call)
+        self._remember(result, shadow)
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.dtypes.add(leaf.dtype)
+                if leaf.numel() == 1 and call.name not in FRESH:
+                    self._made[leaf] = True
+        if call.name not in UNSTEADY:
+            self.operations.append(Operation.of(call, result, shadow, constants))
+        return result
+
+    def _constants(self, call: Call) -> tuple[tuple[int, float], ...]:
+        """Numbers that came as tensors which no operation has made: what the code computed beside the model."""
+        found = [(i, number_in(each)) for i, each in enumerate(call.tensors()) if each not in self._made]
+        return tuple((i, number) for i, number in found if number is not None)
+
+    def entered(self, path: str, tensors: list[Tensor]) -> None:
+        """A module begins: the labels of its first labelled input are kept."""
+        self._quiet = True
+        shadows = [self.shadow_of(each) for each in tensors]
+        known = next((each for each in shadows if isinstance(each, Tensor) and holds_any(each)), None)
+        if known is not None:
+            self.inputs.setdefault(path, known)
+        self._quiet = False
+
+    def execute(self, call: Call, args: Any, kwargs: Any) -> Any:
+        return call.func(*args, **kwargs)
+
+    def buffer(self, shape: tuple[int, ...]) -> Tensor:
+        """The shadow of a fresh tensor: labels in memory of their own, that views of it write into."""
+        labels = torch.zeros(shape, dtype=torch.int32)
+        self._buffers[labels.untyped_storage().data_ptr()] = labels
+        return labels
+
+    def is_buffer(self, labels: Tensor) -> bool:
+        return labels.untyped_storage().data_ptr() in self._buffers
+
+    def consume(self, source: Tensor, taken: Tensor) -> None:
+        """A weight's axis reads these channels; a tensor of fixed size can lose none."""
+        self.consumers.update(axis for axis in {self.labels.owner(int(label)) for label in taken.unique()} if axis)
+        self.labels.tie(source, taken, "meets an input of fixed size")
+
+    def cost(self, vectors: Sequence[Tensor], rows: int) -> None:
+        """Multiply-adds of this operation: so many rows for each combination of these channels."""
+        self.costs.append(Cost(rows, tuple(vectors)))
+
+    def known(self, tensor: Tensor) -> Tensor | None:
+        """An activation's labels, if it has a shadow."""
+        shadow = self.shadow_of(tensor)
+        return shadow if isinstance(shadow, Tensor) else None
+
+    def adopt(self, tensor: Tensor, labels: Tensor) -> None:
+        """A tensor without labels lies beside labelled ones: from here on it goes with them."""
+        self.shadows[tensor] = labels
+
+    def activation(self, call: Call, argument: str) -> Tensor:
+        """The shadow of a tensor argument as a label tensor."""
+        tensor = call[argument]
+        return as_activation(self.labels, call.shadow(argument), tuple(tensor.shape))
+
+    def freeze(self, shadow: Shadow, because: str) -> None:
+        if isinstance(shadow, Tensor):
+            self.labels.freeze(shadow, because)
+        elif isinstance(shadow, AxisLabels):
+            for vector in shadow.axes:
+                if vector is not None:
+                    self.labels.freeze(vector, because)
+
+    def _remember(self, result: Any, shadow: Any) -> None:
+        if isinstance(result, Tensor):
+            if shadow is not None:
+                self.shadows[result] = shadow
+        elif isinstance(result, (list, tuple)) and isinstance(shadow, (list, tuple)):
+            for each, of_it in zip(result, shadow, strict=True):
+                self._remember(each, of_it)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-adds: ``rows`` for each combination of the channels in ``vectors``."""
+
+    rows: int
+    vectors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What one operation took and gave: enough to say what a cut model must do in its place."""
+
+    name: str
+    where: str
+    numbers: Numbers
+    shapes: tuple[tuple[int, ...], ...]
+    shadow: Any
+    tensors: tuple[tuple[tuple[int, ...], Shadow], ...]
+    constants: tuple[tuple[int, float], ...]
+    """Which of its tensors were numbers, and what they were."""
+
+    @classmethod
+    def of(cls, call: Call, result: Any, shadow: Any, constants: tuple[tuple[int, float], ...]) -> Operation:
+        given = shadow if isinstance(shadow, (tuple, list)) else [shadow]
+        results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        known = [(tuple(each.shape), call.shadows[id(each)]) for each in call.tensors()]
+        if len(given) == len(results):
+            known += [(tuple(each.shape), of_it) for each, of_it in zip(results, given, strict=True)]
+        return cls(call.name, call.where, call.numbers(), shapes_of(result), shadow, tuple(known), constants)
+
+
+def number_in(tensor: Tensor) -> float | None:
+    if tensor.numel() != 1 or tensor.is_complex() or tensor.dtype == torch.bool:
+        return None
+    return float(tensor.detach().item())
+
+
+def shapes_of(result: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(leaf.shape) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))

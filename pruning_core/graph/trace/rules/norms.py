@@ -1,0 +1,100 @@
+"""Normalisation. A norm over channels takes its statistics over those that are kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from pruning_core.graph.trace.labels import varies, varying
+from pruning_core.graph.trace.recorder import Call, Recorder
+from pruning_core.graph.trace.rules.table import rule
+from pruning_core.graph.trace.rules.weighted import along
+from pruning_core.graph.trace.shadows import AxisLabels
+
+
+def _tie_parameters(trace: Recorder, call: Call, labels: Tensor, names: tuple[str, ...]) -> None:
+    for name in names:
+        shadow = call.shadow(name)
+        if isinstance(shadow, AxisLabels):
+            trace.labels.tie(shadow.vector(0), labels)
+        elif isinstance(call[name], Tensor):
+            trace.labels.freeze(labels, "meets a norm's computed parameter")
+
+
+@rule("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+      "instance_norm")  # fmt: skip
+def batch_norm(trace: Recorder, call: Call) -> Any:
+    labels = trace.activation(call, "input")
+    channels = along(trace, labels, 1)
+    _tie_parameters(trace, call, channels, ("weight", "bias", "running_mean", "running_var"))
+    return (labels, None, None) if isinstance(call.result, tuple) else labels
+
+
+@rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
+def layer_norm(trace: Recorder, call: Call) -> Any:
+    labels = trace.activation(call, "input")
+    dims = range(labels.dim() - len(call["normalized_shape"]), labels.dim())
+    if len(dims) > 1:
+        _many(trace, call, labels, list(dims))
+    elif varies(labels, labels.dim() - 1):
+        _last(trace, call, labels)
+    else:
+        _fixed(trace, call)
+    return (labels, *[None] * (len(call.result) - 1)) if isinstance(call.result, tuple) else labels
+
+
+def _last(trace: Recorder, call: Call, labels: Tensor) -> None:
+    outer = [dim for dim in varying(labels) if dim != labels.dim() - 1]
+    if outer and trace.labels.same_owner(labels):  # heads: each is normalised alone, with one weight for all
+        trace.labels.tie_along(labels, labels.dim() - 1)
+        _fixed(trace, call)
+        return
+    trace.norms.add(call.where)
+    _tie_parameters(trace, call, along(trace, labels, -1), ("weight", "bias"))
+
+
+def _fixed(trace: Recorder, call: Call) -> None:
+    for name in ("weight", "bias"):
+        trace.freeze(call.shadow(name), "its axis is no channel axis")
+
+
+def _many(trace: Recorder, call: Call, labels: Tensor, dims: list[int]) -> None:
+    """A norm over several dimensions has a weight for each position: the shape of them all is fixed."""
+    _fixed(trace, call)
+    if any(varies(labels, dim) for dim in dims):
+        trace.labels.freeze(labels, "a norm over several dimensions")
+
+
+@rule("group_norm", "native_group_norm")
+def group_norm(trace: Recorder, call: Call) -> Any:
+    """Groups go on being as many, and each loses the same channels; a group of one channel goes with it."""
+    labels = trace.activation(call, "input")
+    channels = along(trace, labels, 1)
+    trace.norms.add(call.where)
+    groups = call["num_groups"] if "num_groups" in call else call["group"]
+    _tie_parameters(trace, call, channels, ("weight", "bias"))
+    if 1 < groups < len(channels):
+        per_group = channels.view(groups, -1)
+        trace.labels.tie(per_group, per_group[:1].expand(per_group.shape), "meets a group of fixed channels")
+    return (labels, None, None) if isinstance(call.result, tuple) else labels
+
+
+@rule("_weight_norm", "_weight_norm_interface")
+def weight_norm(trace: Recorder, call: Call) -> Any:
+    """Output channels may go; an axis that the norm sums over may not."""
+    value, scale = call.shadow("v"), call.shadow("g")
+    if not isinstance(value, AxisLabels) or not isinstance(scale, AxisLabels):
+        trace.freeze(value, "an operation without a rule")
+        trace.freeze(scale, "an operation without a rule")
+        return None
+    kept = call["dim"] % len(value.shape)
+    axes = []
+    for dim in range(len(value.shape)):
+        if dim == kept:
+            trace.labels.tie(value.vector(dim), scale.vector(dim))
+        else:
+            trace.labels.freeze(value.vector(dim), "a weight norm sums over it")
+        axes.append(value.vector(dim))
+    shadow = AxisLabels(tuple(axes), value.shape)
+    return (shadow, None) if isinstance(call.result, tuple) else shadow

@@ -1,0 +1,140 @@
+"""Operations that put many elements together: pools, sums, softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruning_core.graph.trace.labels import compact, varies, varying
+from pruning_core.graph.trace.recorder import Call, Recorder
+from pruning_core.graph.trace.rules.elementwise import pointwise
+from pruning_core.graph.trace.rules.table import rule
+
+POOLS = {
+    1: "max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d upsample_nearest1d upsample_linear1d lp_pool1d",
+    2: "max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d "
+    "fractional_max_pool2d upsample_nearest2d upsample_nearest_exact2d _upsample_nearest_exact2d upsample_bilinear2d "
+    "upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler grid_sampler_2d roi_align "
+    "roi_pool",
+    3: "max_pool3d max_pool3d_with_indices avg_pool3d adaptive_avg_pool3d _adaptive_avg_pool3d adaptive_max_pool3d "
+    "upsample_nearest3d upsample_trilinear3d grid_sampler_3d",
+}
+SOFTMAX = "softmax _softmax log_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin softmin"
+SUMS = (
+    "mean sum amax amin max min var std var_mean std_mean norm linalg_vector_norm prod any all argmax argmin "
+    "logsumexp median count_nonzero nansum nanmean aminmax"
+)
+ORDERED = "sort topk argsort kthvalue msort"
+
+
+def _flat(labels: Tensor, dims: Iterable[int], shape: tuple[int, ...]) -> Tensor:
+    for dim in dims:
+        labels = labels.narrow(dim, 0, 1)
+    return labels.expand(shape)
+
+
+def _pool(spatial: int) -> Any:
+    def pool(trace: Recorder, call: Call) -> Any:
+        main = "self" if "self" in call else "input"
+        labels = trace.activation(call, main)
+        dims = list(range(labels.dim() - spatial, labels.dim()))
+        if call.name.startswith("roi"):
+            dims.append(0)
+        many = isinstance(call.result, (tuple, list))
+        shape = tuple((call.result[0] if many else call.result).shape)
+        if any(varies(labels, dim) for dim in dims):
+            trace.labels.freeze(labels, "channels lie where it pools")
+            return None
+        pooled = _flat(labels, dims, shape)
+        return tuple(pooled for _ in call.result) if many else pooled
+
+    return pool
+
+
+for _spatial, _names in POOLS.items():
+    rule(*_names.split())(_pool(_spatial))
+
+
+@rule(*SOFTMAX.split())
+def softmax(trace: Recorder, call: Call) -> Any:
+    labels = trace.activation(call, "self")
+    if varies(labels, call["dim"] % max(labels.dim(), 1)):
+        trace.labels.freeze(labels, f"a {call.name.strip('_')} over channels")
+        return None
+    return (labels, labels) if isinstance(call.result, tuple) else labels
+
+
+@rule(*SUMS.split())
+def reduction(trace: Recorder, call: Call) -> Any:
+    labels = trace.activation(call, "self")
+    other = call.shadow("other")
+    if isinstance(other, Tensor) or isinstance(call["other"], Tensor):
+        return pointwise(trace, call)
+    dims = _dims(call, labels.dim())
+    mixed = [dim for dim in dims if varies(labels, dim)]
+    if mixed and not _is_norm(trace, call):
+        trace.labels.freeze(labels, f"a {call.name} over channels")
+        return None
+    if mixed:
+        _norm(trace, call, labels, mixed)
+        labels = torch.zeros((), dtype=torch.int32).expand(labels.shape)
+    kept = _flat(labels, dims, tuple(1 if dim in dims else size for dim, size in enumerate(labels.shape)))
+    return _shaped(kept, dims, call)
+
+
+def _is_norm(trace: Recorder, call: Call) -> bool:
+    """A root of the mean of squares, or of their sum: those of the kept channels say the same."""
+    return (call["self"] in trace.squares and call.name in ("mean", "sum")) or call.name in (
+        "norm",
+        "linalg_vector_norm",
+    )
+
+
+def _norm(trace: Recorder, call: Call, labels: Tensor, mixed: list[int]) -> None:
+    """Normalised within each head, a head goes whole; else all positions lose the same channels."""
+    trace.norms.add(call.where)
+    outer = [dim for dim in varying(labels) if dim not in mixed]
+    heads = outer and trace.labels.same_owner(labels)
+    for dim in mixed if heads else outer:
+        trace.labels.tie_along(labels, dim)
+
+
+def _dims(call: Call, count: int) -> list[int]:
+    dims = call["dim"]
+    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
+        return list(range(count))
+    return [dim % count for dim in ([dims] if isinstance(dims, int) else dims)]
+
+
+def _shaped(kept: Tensor, dims: list[int], call: Call) -> Any:
+    if not call["keepdim"]:
+        for dim in sorted(dims, reverse=True):
+            kept = kept.select(dim, 0)
+    kept = compact(kept)
+    if isinstance(call.result, (tuple, list)):
+        return tuple(kept.reshape(each.shape) for each in call.result)
+    return kept.reshape(call.result.shape)
+
+
+@rule(*ORDERED.split())
+def ordered(trace: Recorder, call: Call) -> Any:
+    labels = trace.activation(call, "self")
+    dim = call["dim"] if call["dim"] is not None else -1
+    if varies(labels, dim % max(labels.dim(), 1)):
+        trace.labels.freeze(labels, f"a {call.name} over channels")
+        return None
+    many = isinstance(call.result, (tuple, list))
+    results = call.result if many else [call.result]
+    found = [_flat(labels, [dim % labels.dim()], tuple(each.shape)) for each in results]
+    return tuple(found) if many else found[0]
+
+
+@rule("one_hot", "bucketize", "histc", "bincount", "nonzero", "item", "_local_scalar_dense", "is_nonzero", "equal")
+def number(trace: Recorder, call: Call) -> Any:
+    """Values become numbers of a fixed size; what they were computed from may be cut only if it is no channel."""
+    for shadow in call.shadows.values():
+        trace.freeze(shadow, "its values become numbers")
+    return None

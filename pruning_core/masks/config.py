@@ -1,0 +1,220 @@
+"""Where options come from: YAML, dicts, keyword arguments, and Neural Compressor's spellings of them.
+
+Local options win over global ones, and both over the defaults. Everything is checked when a configuration is built;
+the caller's dicts are never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pruning_core.masks.options import PrunerOptions
+from pruning_core.options import shown
+from pruning_core.patterns import parse_pattern
+from pruning_core.registry import did_you_mean
+from pruning_core.yaml_file import read_mapping
+
+ALIASES = {
+    "names": "op_names",
+    "not_to_prune_names": "excluded_op_names",
+    "excluded_names": "excluded_op_names",
+    "exclude_names": "extra_excluded_op_names",
+    "extra_excluded_names": "extra_excluded_op_names",
+    "prune_layer_type": "pruning_op_types",
+    "prune_domain": "pruning_scope",
+    "prune_type": "pruning_type",
+    "criterion_type": "pruning_type",
+    "update_frequency_on_step": "pruning_frequency",
+    "max_sparsity_ratio_per_layer": "max_sparsity_ratio_per_op",
+    "min_sparsity_ratio_per_layer": "min_sparsity_ratio_per_op",
+}
+"""Neural Compressor's other spellings, first and second generation, in YAML and in dicts."""
+
+DROPPED = {
+    "low_memory_usage": "scores are stored per unit already; remove it",
+    "resume_from_pruned_checkpoint": "use pruner.load_state_dict, or pruning_type: pattern_lock; remove it",
+    "backend": "PyTorch is the only one; remove it",
+    "progressive": "write pruning_type: snip_momentum_progressive instead",
+}
+"""Neural Compressor's options that have no counterpart, and what to do."""
+
+
+class WeightPruningConfig:
+    """The options of all pruners of one run.
+
+    ``WeightPruningConfig([{...}, {...}], target_sparsity=0.9)``: a dict per pruner, completed by the global options
+    and then by the defaults. One dict, a path to a YAML file, or another configuration do as well.
+    """
+
+    def __init__(self, pruning_configs: Any = None, **options: Any) -> None:
+        if isinstance(pruning_configs, WeightPruningConfig):
+            given = [_Given((f"pruning_configs[{i}].", p)) for i, p in enumerate(pruning_configs._explicit)]
+        else:
+            given = _read(pruning_configs)
+        for each in given:
+            each.layers.insert(-1, ("", options))
+        self._settle(given)
+
+    def _settle(self, given: list[_Given]) -> None:
+        self.pruners = tuple(each.validated() for each in given)
+        self._explicit: tuple[dict[str, Any], ...] = tuple(
+            pruner.model_dump(include=set(each.spelled)) for pruner, each in zip(self.pruners, given, strict=True)
+        )
+
+    def updated(self, **options: Any) -> WeightPruningConfig:
+        """The same configuration with some options changed for every pruner, checked again as a whole."""
+        update = ("update_items_for_all_pruners.", options)
+        changed = WeightPruningConfig()
+        changed._settle([_Given((f"pruning_configs[{i}].", old), update) for i, old in enumerate(self._explicit)])
+        return changed
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options of all pruners, plain data; ``WeightPruningConfig(**d)`` reads it back."""
+        return {"pruning_configs": [options.model_dump() for options in self.pruners]}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, WeightPruningConfig) and self.pruners == other.pruners
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"WeightPruningConfig({list(self._explicit)!r})"
+
+
+class _Given:
+    """What the user wrote for one pruner: layers of options, each with the prefix that messages show.
+
+    A later layer wins over an earlier one. ``spelled`` says where each option was given, and under which name.
+    """
+
+    def __init__(self, *layers: tuple[str, Mapping[str, Any]]) -> None:
+        self.layers = list(layers)
+        self.spelled: dict[str, str] = {}
+
+    @property
+    def where(self) -> str:
+        return self.layers[-1][0]
+
+    def merged(self) -> dict[str, Any]:
+        """Native option names -> values."""
+        options: dict[str, Any] = {}
+        for where, layer in self.layers:
+            options.update(self._native(where, layer))
+        return options
+
+    def _native(self, where: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        native: dict[str, Any] = {}
+        seen: dict[str, str] = {}
+        options = dict(options)
+        parameters = options.pop("parameters", {})
+        if not isinstance(parameters, Mapping):
+            raise ValueError(f"{where}parameters: must be a mapping, got {shown(parameters)}; write reg_coeff itself")
+        items = [(f"{where}{key}", key, value) for key, value in options.items()]
+        items += [(f"{where}parameters.{key}", key, value) for key, value in parameters.items()]
+        for spelled, key, value in items:
+            if key in DROPPED:
+                raise ValueError(f"{spelled}: has no meaning here, got {shown(value)}; {DROPPED[key]}")
+            name = ALIASES.get(key, key)
+            if name in seen:
+                raise ValueError(f"{spelled}: is the same option as {seen[name]}, got both; keep one")
+            if name not in PrunerOptions.model_fields:
+                hint = did_you_mean(key, PrunerOptions.model_fields)
+                raise ValueError(f"{spelled}: unknown option, got {shown(value)}; {hint}")
+            seen[name] = key
+            self.spelled[name] = spelled
+            native[name] = value
+        return native
+
+    def validated(self) -> PrunerOptions:
+        options = self.merged()
+        if "target_sparsity" not in options and isinstance(options.get("pattern"), str):
+            try:
+                highest = parse_pattern(options["pattern"]).max_sparsity
+            except ValueError:
+                highest = 1.0  # the validator below reports the pattern
+            if highest < 1:
+                options["target_sparsity"] = highest
+        return PrunerOptions.read(options, lambda name: self.spelled.get(name, self.where + name))
+
+
+def _read(source: Any) -> list[_Given]:
+    """Whatever the user gave -> one ``_Given`` per pruner."""
+    if source is None:
+        return [_Given(("", {}))]
+    if isinstance(source, str | Path):
+        return _from_mapping(read_mapping(source))
+    if isinstance(source, PrunerOptions):
+        return [_Given(("", source.model_dump(exclude_unset=True)))]
+    if isinstance(source, Mapping):
+        return _from_mapping(source)
+    if isinstance(source, Sequence) and not isinstance(source, bytes | bytearray):
+        return _from_list("", {}, "pruning_configs", source)
+    raise ValueError(
+        f"config: must be a list of dicts, a dict, a YAML path or a WeightPruningConfig, got {type(source).__name__}"
+    )
+
+
+def _from_mapping(source: Mapping[str, Any]) -> list[_Given]:
+    if "pruning" in source:
+        return _from_neural_compressor(source)
+    if "pruning_configs" in source:
+        top = {key: value for key, value in source.items() if key != "pruning_configs"}
+        return _from_list("", top, "pruning_configs", source["pruning_configs"])
+    return [_Given(("", source))]
+
+
+def _from_neural_compressor(source: Mapping[str, Any]) -> list[_Given]:
+    """The layout of Neural Compressor 1.x files: pruning / approach / weight_compression_pytorch / pruners."""
+    section: Any = source
+    _only(source, "", ("version", "model", "pruning"))
+    where = ""
+    for names in (("pruning",), ("approach",), ("weight_compression_pytorch", "weight_compression")):
+        name = next((name for name in names if name in section), names[0])
+        if where:
+            _only(section, where, names)
+        where += f"{name}."
+        section = section.get(name)
+        if not isinstance(section, Mapping):
+            raise ValueError(
+                f"{where[:-1]}: must be a mapping of options, got {shown(section)}; see docs/configuration.md"
+            )
+    top = {key: value for key, value in section.items() if key != "pruners"}
+    if "pruners" not in section:
+        return [_Given((where, top))]
+    return _from_list(where, top, f"{where}pruners", section["pruners"])
+
+
+def _only(section: Mapping[str, Any], where: str, known: Sequence[str]) -> None:
+    for key in section:
+        if key not in known:
+            raise ValueError(f"{where}{key}: unknown section, got {shown(section[key])}; {did_you_mean(key, known)}")
+
+
+def _from_list(top_where: str, top: Mapping[str, Any], where: str, pruners: Any) -> list[_Given]:
+    if not isinstance(pruners, Sequence) or isinstance(pruners, str) or not pruners:
+        raise ValueError(
+            f"{where}: must be a list with at least one pruner, got {shown(pruners)}; write [{{}}] for defaults"
+        )
+    given = []
+    for i, local in enumerate(pruners):
+        if isinstance(local, PrunerOptions):
+            local = local.model_dump(exclude_unset=True)
+        if not isinstance(local, Mapping):
+            raise ValueError(f"{where}[{i}]: must be a dict of options, got {shown(local)}")
+        given.append(_Given((top_where, top), (f"{where}[{i}].", local)))
+    return given
+
+
+def reference() -> str:
+    """The markdown table of all options; docs/configuration.md holds it and a test compares."""
+    spellings: dict[str, list[str]] = {}
+    for alias, name in ALIASES.items():
+        spellings.setdefault(name, []).append(f"`{alias}`")
+    rows = ["| option | default | meaning | also read as |", "| --- | --- | --- | --- |"]
+    for name, field in PrunerOptions.model_fields.items():
+        meaning = field.description or ""
+        cells = [f"`{name}`", f"`{field.default}`", meaning, ", ".join(spellings.get(name, []))]
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"

@@ -1,0 +1,198 @@
+"""A group of weights that is ranked together: one pruner of the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pruning_core.masks.budget import Ranked, cut_apart, cut_within, limits, sortable
+from pruning_core.masks.options import PrunerOptions
+from pruning_core.masks.sharding import agree, common_group
+from pruning_core.masks.weight import MaskedWeight, pack, to_plain, unpack
+from pruning_core.selection import Skipped
+
+
+class MaskGroup:
+    """Scores, ranks and cuts the weights of one pruner; ``updated_at`` is the last due step that was carried out."""
+
+    def __init__(self, where: str, options: PrunerOptions, weights: list[MaskedWeight], skipped: list[Skipped]) -> None:
+        self.where, self.options, self.weights, self.skipped = where, options, weights, skipped
+        self.ranks = common_group(where, {weight.target.name: weight.place for weight in weights})
+        self.table = options.timetable
+        self.updated_at = -1
+        self.changed = False  # masks changed since the last optimizer step
+        self.check_limits()
+
+    @property
+    def total(self) -> int:
+        return sum(weight.weights for weight in self.weights)
+
+    @property
+    def done(self) -> bool:
+        """The target is reached; from here on masks are only applied."""
+        return self.updated_at >= self.table.end
+
+    def check_limits(self) -> None:
+        """ValueError when the target cannot be reached within the limits of the layers."""
+        try:
+            self.options.layer_limits.check_names("limits", [weight.target.layer for weight in self.weights])
+            self._room(self._layers(), self.table.target)
+        except ValueError as error:
+            raise ValueError(f"{self.where}.{error}") from None
+
+    def _room(self, layers: Sequence[Ranked], share: float) -> list[tuple[int, list[int], list[int]]]:
+        """What may be cut, as ``budget.limits`` says it: of all layers together, or (local) of each."""
+        pairs = [self.options.layer_limits.of([weight.target.layer]) for weight in self.weights]
+        if self.options.pruning_scope == "global":
+            return [limits(layers, share, [least for least, _ in pairs], [most for _, most in pairs])]
+        return [limits([layer], share, *pair) for layer, pair in zip(layers, pairs, strict=True)]
+
+    def next_due(self) -> int | None:
+        return self.table.next_due(self.updated_at)
+
+    def is_due(self, now: int) -> bool:
+        due = self.next_due()
+        return due is not None and due <= now
+
+    def wants_gradients(self, now: int) -> bool:
+        """Scores can still matter, and this step's gradient goes into them."""
+        if not self.options.criterion.needs_gradient or self.done:
+            return False
+        return self.options.criterion.accumulates or self.is_due(now + 1)
+
+    def observe(self, params: Collection[int] | None, rate: Tensor | float, bad: Tensor | None) -> bool:
+        """Reads the gradients of the weights in ``params`` (ids; None: all); False when there is none at all."""
+        mine = [w for w in self.weights if params is None or id(w.target.parameter) in params]
+        if not any(weight.target.parameter.grad is not None for weight in mine):
+            return not mine
+        for weight in mine:
+            weight.observe(rate, bad)
+        return True
+
+    @property
+    def scored(self) -> bool:
+        """Every weight has a score that was not used up yet."""
+        return all(weight.score is not None for weight in self.weights)
+
+    def ready(self, now: int) -> bool:
+        """A change that is due can be carried out: it needs no gradient, or one was seen."""
+        return self.scored or not self.options.criterion.needs_gradient or self.sparsity(now) == 0
+
+    def sparsity(self, now: int) -> float:
+        """The share of zeros asked for at this step, a pure function of it."""
+        due = self.table.last_due(now)
+        return 0.0 if due is None else self.table.sparsity(due)
+
+    def update(self, now: int) -> None:
+        """Carries out what is due."""
+        due = self.table.last_due(now)
+        assert due is not None
+        share = self.table.sparsity(due)
+        if share > 0:
+            self.cut_units(share)
+        self._passed(due)
+
+    def _passed(self, due: int) -> None:
+        self.updated_at, self.changed = due, True
+        if self.done or not self.options.criterion.accumulates:
+            for weight in self.weights:
+                weight.score = None
+
+    def cut_units(self, share: float) -> None:
+        """Cuts whole units so that ``share`` of all weights of the group is zero."""
+        layers, ranks = self._layers(self._unit_scores()), self.ranks
+        room = self._room(layers, share)
+        if self.options.pruning_scope == "global":
+            cuts = cut_within(layers, *room[0], ranks)
+        else:
+            cuts = cut_apart(layers, [asked for asked, _, _ in room], ranks)
+        for weight, cut in zip(self.weights, self._verdicts(cuts), strict=True):
+            weight.cut_units_(cut)
+
+    def _unit_scores(self) -> list[Callable[[], Tensor]]:
+        """Per weight a function that gives its unit scores, complete over all ranks."""
+        if self.ranks is None:
+            return [
+                partial(_unit_scores, weight) if weight.folds_fast else partial(_same, _unit_scores(weight))
+                for weight in self.weights
+            ]
+        grids = [weight.unit_sums().clone() for weight in self.weights]
+        operation: Literal["sum", "max"] = "max" if self.options.criterion_reduce_type == "max" else "sum"
+        agree(grids, [weight.place for weight in self.weights], operation)
+        return [partial(_same, weight.finish_units(grid)) for weight, grid in zip(self.weights, grids, strict=True)]
+
+    def _layers(self, unit_scores: Sequence[Callable[[], Tensor]] = ()) -> list[Ranked]:
+        layers = []
+        for i, weight in enumerate(self.weights):
+            sizes = weight.sizes
+            if isinstance(sizes, Tensor):
+                sizes = weight.flat(weight.owned(sizes))
+            keys = partial(_unit_keys, weight, unit_scores[i] if unit_scores else _no_scores)
+            layers.append(Ranked(weight.target.name, keys, sizes, weight.weights, weight.capacity, weight.largest))
+        return layers
+
+    def _verdicts(self, cuts: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Flat verdicts on a rank's own units -> grids that also hold its neighbours' verdicts on shared units."""
+        if self.ranks is None:
+            return (weight.unflat(cut, weight.alive()) for weight, cut in zip(self.weights, cuts, strict=True))
+        grids = []
+        for weight, cut in zip(self.weights, cuts, strict=True):
+            grid = weight.alive().to(torch.int8).zero_()
+            mine = weight.owned(grid)
+            mine.copy_(weight.unflat(cut, mine))
+            grids.append(grid)
+        agree(grids, [weight.place for weight in self.weights], "sum")
+        return (grid != 0 for grid in grids)
+
+    def count_cut(self) -> int:
+        """How many weights the masks cut, over all ranks."""
+        count = torch.stack([(weight.keep == 0).sum() for weight in self.weights]).sum()
+        return int(self.ranks.sum_(count) if self.ranks else count)
+
+    def apply_(self, params: Collection[int] | None = None) -> None:
+        for weight in self.weights:
+            if params is None or id(weight.target.parameter) in params:
+                weight.apply_()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "updated_at": self.updated_at,
+            "changed": self.changed,
+            "skipped": [[each.layer, each.kind, each.reason] for each in self.skipped],
+            "weights": {weight.target.name: self._weight_state(weight) for weight in self.weights},
+        }
+
+    def _weight_state(self, weight: MaskedWeight) -> dict[str, Any]:
+        return {"keep": pack(weight.keep), "score": to_plain(weight.score), "shape": list(weight.shape)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updated_at, self.changed = state["updated_at"], state["changed"]
+        for weight in self.weights:
+            self._load_weight(weight, state["weights"][weight.target.name])
+
+    def _load_weight(self, weight: MaskedWeight, state: dict[str, Any]) -> None:
+        weight.keep.copy_(unpack(state["keep"], weight.keep))
+        score = state["score"]
+        weight.score = None if score is None else score.to(weight.keep.device, copy=True)
+
+
+def _unit_keys(weight: MaskedWeight, unit_scores: Callable[[], Tensor]) -> Tensor:
+    """Of the units that this rank owns; what is cut already comes first, so nothing returns."""
+    dead = ~weight.flat(weight.owned(weight.alive()))
+    return sortable(weight.flat(weight.owned(unit_scores())), dead)
+
+
+def _unit_scores(weight: MaskedWeight) -> Tensor:
+    return weight.finish_units(weight.unit_sums())
+
+
+def _same(grid: Tensor) -> Tensor:
+    return grid
+
+
+def _no_scores() -> Tensor:
+    raise AssertionError("limits look at sizes alone")

@@ -1,0 +1,33 @@
+"""How small a weight can be: the entropy of what the file has to say, if mantissas and signs are noise."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from torch import Tensor
+
+from pruning_core.sparse_format.packed import as_bits
+from pruning_core.sparse_format.streams import nonzero
+from pruning_core.sparse_format.units import Blocks, Units, entropy
+
+EXPONENT_BITS = {"F64": 11, "F32": 8, "F16": 5, "BF16": 8}
+
+
+def bound_bytes(weight: Tensor, units: Units, dtype: str) -> float:
+    """``units * H(share) + stored * (sign and mantissa bits + H(exponents))``, in bytes.
+
+    The mask of N:M is a choice of ``C(M, N)`` for each group. Exponents are
+    taken as independent of their neighbours, and so are the units.
+    """
+    bits = as_bits(weight)
+    kept = nonzero(bits)
+    if isinstance(units, Blocks):
+        mask = units.mask_bits(units.alive(kept))
+    else:
+        mask = math.log2(units.combinations) * kept.size / units.m
+    values = bits[units.stored(kept)]
+    width, size = EXPONENT_BITS[dtype], 8 * bits.itemsize
+    exponents = (values >> (size - 1 - width)) & ((1 << width) - 1)
+    _, counts = np.unique(exponents, return_counts=True)
+    return (mask + values.size * (size - width) + values.size * entropy(counts)) / 8
