@@ -8,11 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 SIZES = {"train": 6000, "validation": 300}  # contexts
 RIVAL = 0.12  # contexts in which somebody else has an answer to the same question

@@ -9,12 +9,9 @@ import argparse
 import csv
 import io
 import random
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 Row = dict[str, Any]
 Word = TypeVar("Word")  # a string, or a verb in both of its forms

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from pruning_core.channels import plan_channels
-from pruning_core.criteria import CRITERIA
 from pruning_core.channels.scores import Data, unit_scores
+from pruning_core.criteria import CRITERIA
 from pruning_core.graph import ChannelGraph, GraphError, slim_
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pruning_core import Pruning, WeightPruningConfig
-from pruning_core.criteria import CRITERIA
+from pruning_core.criteria import CRITERIA as EVERY
 from pruning_core.masks.config import ALIASES, DROPPED, reference
 from pruning_core.masks.options import PrunerOptions
 from pruning_core.schedules import SCHEDULES
 
+CRITERIA = [name for name in EVERY if not EVERY[name].needs]
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 
 DEFAULTS = {
@@ -43,6 +44,7 @@ DEFAULTS = {
     "pruning_scope": "global",
     "min_sparsity_ratio_per_op": 0.0,
     "max_sparsity_ratio_per_op": 0.98,
+    "limits": {},
     "criterion_reduce_type": "mean",
     "momentum_decay": 1.0,
     "momentum_gain": 0.9,
@@ -297,7 +299,7 @@ NOT_A_NUMBER = ["0.8", True, None, [0.8], 1j, torch.ones(2, 2)]
 
 
 def test_every_option_is_in_one_of_the_tables():
-    assert {*RATIOS, *STEPS, *COUNTS, *NAMES, *WORDS, *REALS, "reg_type"} == PrunerOptions.model_fields.keys()
+    assert {*RATIOS, *STEPS, *COUNTS, *NAMES, *WORDS, *REALS, "reg_type", "limits"} == PrunerOptions.model_fields.keys()
 
 
 @pytest.mark.parametrize("option", RATIOS + REALS)

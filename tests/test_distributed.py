@@ -28,7 +28,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from pruning_core import checkpoint
-from pruning_core.cli.main import inspect
+from pruning_core.cli.inspection import inspect
 
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("distributed_worker.py")

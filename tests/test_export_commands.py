@@ -178,4 +178,4 @@ def test_what_is_refused(tmp_path, capsys, monkeypatch, words, message):
 def test_usage(capsys, words):
     with pytest.raises(SystemExit) as caught:
         main(words)
-    assert caught.value.code == 2 and "usage: python -m pruning_core" in capsys.readouterr().err
+    assert caught.value.code == 2 and "usage: pruning-core" in capsys.readouterr().err

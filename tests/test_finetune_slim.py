@@ -66,7 +66,11 @@ def test_the_example_says_every_key_and_is_the_default_but_for_its_layers():
     assert config.model_dump(exclude={"layers", "round_to"}) == slim.SlimConfig().model_dump(
         exclude={"layers", "round_to"}
     )
-    assert all(f"{key}:" in RECIPE.read_text() for key in slim.SlimConfig.model_fields if key not in ("op_names", "excluded_op_names", "pruning_op_types", "seed"))
+    assert all(
+        f"{key}:" in RECIPE.read_text()
+        for key in slim.SlimConfig.model_fields
+        if key not in ("op_names", "excluded_op_names", "pruning_op_types", "seed")
+    )
 
 
 @BOTH
@@ -127,15 +131,15 @@ def test_a_cut_model_has_a_cut_models_defaults(place, tmp_path):
         (None, "--slim_config: no such file, got '{}'; see apps/common/recipes/slim.yaml"),
         ("[", "--slim_config: not a yaml file"),
         ("- macs", "--slim_config: must hold a mapping, got '{}'; see apps/common/recipes/slim.yaml"),
-        ("{budgets: {macs: 0.5}}", "--slim_config: budgets: Extra inputs are not permitted, got {{'macs': 0.5}}; see"),
-        ("{budget: half}", "--slim_config: budget: Input should be a valid dictionary, got 'half'; see"),
-        ("{batches: 0}", "--slim_config: batches: Input should be greater than or equal to 1, got 0; see"),
+        ("{budgets: {macs: 0.5}}", "--slim_config: budgets: unknown option, got {{'macs': 0.5}}; did you mean 'budget'?; see"),
+        ("{budget: half}", "--slim_config: budget: wrong value, got 'half'; it must be a valid dictionary; see"),
+        ("{batches: 0}", "--slim_config: batches: out of range, got 0; it must be greater than or equal to 1; see"),
         ("{budget: {flops: 0.5}}", "--slim_config: budget: is one of channels, params, macs, latency, got {{'f"),
         ("{budget: {macs: 1.5}}", "--slim_config: budget: is the share that is left, above 0 and at most 1, got 1.5"),
-        ("{budget: {macs: 0.001}, layers: {'*embeddings*': 0}}", "budget: cannot be met, got macs 0.001; from 0."),
+        ("{budget: {macs: 0.001}, limits: {embeddings: 0}}", "budget: cannot be met, got macs 0.001; from 0."),
         ("{criterion: tailor}", "--slim_config: criterion: unknown criterion, got 'tailor'; did you mean 'taylor'?"),
-        ("{scope: all}", "--slim_config: scope: is global or local, got 'all'; choose one"),
-        ("{layers: {'*stem*': 0}}", "--slim_config: layers: matches no parameter with channels that can go, got"),
+        ("{scope: all}", "--slim_config: scope: wrong value, got 'all'; it must be 'global' or 'local'; see"),
+        ("{limits: {stem: 0}}", "--slim_config: limits: matches no layer that takes part, got 'stem'; "),
     ],
 )  # fmt: skip
 def test_one_line_and_nothing_is_written(place, tmp_path, capsys, text, said):

@@ -87,7 +87,7 @@ def test_masked_is_slim(case):
         assert parameter.requires_grad, name
     model.eval()
     dense = output(model, inputs).detach()
-    plan = plan_channels(ChannelGraph.trace(model, inputs), {"params": 0.5}, importance="random", scope="local")
+    plan = plan_channels(ChannelGraph.trace(model, inputs), {"params": 0.5}, criterion="random", scope="local")
     small = copy.deepcopy(model)
     slim_(small, plan, example_inputs=inputs)
 

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pruning_core import CheckpointError, Pruning, checkpoint
-from pruning_core.cli.main import inspect, main
+from pruning_core.cli.inspection import inspect
+from pruning_core.cli.main import main
 from pruning_core.masks.report import LayerSparsity, PrunerSparsity, SparsityReport
 
 ROOT = Path(__file__).parent.parent
@@ -408,7 +409,7 @@ def without(state: dict, key: str) -> dict:
         lambda state: {**state, "groups": 5},
         lambda state: {**state, "groups": [{}, {}]},
         lambda state: {**state, "groups": [without(state["groups"][0], "updated_at"), state["groups"][1]]},
-        lambda state: {**state, "groups": [{**state["groups"][0], "spared": [1]}, state["groups"][1]]},
+        lambda state: {**state, "groups": [{**state["groups"][0], "skipped": [1]}, state["groups"][1]]},
         lambda state: {**state, "config": None},
         lambda state: {**state, "config": "mine.yaml"},
         lambda state: {**state, "config": {"pruning_configs": "mine.yaml"}},
@@ -441,7 +442,7 @@ def test_usage(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
-    assert "usage: python -m pruning_core" in capsys.readouterr().err
+    assert "usage: pruning-core" in capsys.readouterr().err
 
 
 def test_the_command(saved):

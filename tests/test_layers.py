@@ -1,4 +1,4 @@
-"""Imports point down, wings never import each other, and the core imports few packages."""
+"""Imports point down, wings never import each other, each room imports few packages, and nobody reads what is private."""
 
 import ast
 import sys
@@ -6,40 +6,51 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent / "pruning_core"
+CHECKOUT = Path(__file__).parent.parent
+ROOT = CHECKOUT / "pruning_core"
 
-FLOORS = [  # a module may import modules of its own floor's number or lower
-    {
-        "registry",
-        "yaml_file",
-        "regularizers",
-        "budget",
-        "selection",
-        "checkpoint",
-        "hooks",
-        "distillation",
-        "cost",
-        "when_imported",
-    },
-    {"patterns", "criteria", "schedules", "report"},
-    {"options", "config", "sharding"},
-    {"graph"},
-    {"masks", "channels", "supernet"},
-    {"export"},
+FLOORS = [  # a room may import rooms of its own floor or lower; a room is a file or a folder, the deepest named here
+    {"registry", "checkpoint", "latency", "yaml_file", "integrations/when_imported"},
+    {"options", "criteria", "schedules", "patterns", "selection", "report", "distillation"},
+    {"limits"},
+    {"graph/errors", "graph/inputs"},
+    {"graph/trace"},
+    {"graph/plan"},
+    {"graph/couple", "graph/cut"},
+    {"graph/graph", "graph/__init__"},
+    {"sparse_format"},
+    {"masks", "channels"},
+    {"export", "integrations", "compat"},
+    {"cli"},
     {"__init__", "__main__"},
-    {"trainer_callback"},  # above __init__: `import pruning_core` never imports transformers
 ]
-WINGS = {"masks", "channels", "supernet"}
-PACKAGES = {"torch", "numpy", "pydantic", "yaml", "safetensors", "matplotlib", "scipy"}
+APART = [{"masks", "channels"}, {"graph/couple", "graph/cut"}]
+"""Rooms of one floor that do not know each other."""
+PACKAGES = {"torch", "numpy", "pydantic", "yaml", "safetensors"}
 MORE_PACKAGES = {
-    "trainer_callback": {"transformers"},
-    "export": {"tqdm", "transformers", "huggingface_hub", "onnx", "onnxruntime", "onnxscript"},  # when they are needed
+    "graph/couple": {"scipy"},
+    "report": {"matplotlib"},  # when a picture is drawn
+    "sparse_format": {"tqdm"},
+    "export": {"onnx", "onnxruntime", "onnxscript"},  # when they are needed
+    "integrations": {"transformers", "huggingface_hub"},
+    "cli": {"transformers"},
 }
+ROOMS = [room for floor in FLOORS for room in floor]
 
 
-def room(path: Path) -> str:
-    """`masks/driver.py` lives in the room `masks`, `budget.py` in `budget`."""
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def room_of(path: str) -> str:
+    """`graph/cut/slicing` is in the room `graph/cut`, `criteria` is one by itself."""
+    parts = path.split("/")
+    for length in range(len(parts), 0, -1):
+        if "/".join(parts[:length]) in ROOMS:
+            return "/".join(parts[:length])
+    raise AssertionError(f"{path}: a new room; say on which floor it is")
+
+
+def module_file(name: str) -> str:
+    """`masks.pruning` -> `masks/pruning`; a package stands for its `__init__`."""
+    path = name.replace(".", "/")
+    return f"{path}/__init__".strip("/") if (ROOT / path).is_dir() else path
 
 
 def imports(path: Path) -> list[str]:
@@ -49,9 +60,9 @@ def imports(path: Path) -> list[str]:
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: relative import"
-            folder = ROOT.parent / node.module.replace(".", "/")
+            folder = CHECKOUT / node.module.replace(".", "/")
             for alias in node.names:  # `from pruning_core import checkpoint` names a module
-                inner = node.module == "pruning_core" or (folder / f"{alias.name}.py").exists()
+                inner = (folder / f"{alias.name}.py").exists() or (folder / alias.name / "__init__.py").exists()
                 found.append(f"{node.module}.{alias.name}" if inner else node.module)
     return found
 
@@ -60,13 +71,13 @@ def violations(files: dict[Path, list[str]]) -> list[str]:
     floor = {name: i for i, names in enumerate(FLOORS) for name in names}
     wrong = []
     for path, names in files.items():
-        here = room(path)
-        assert here in floor, f"{here}: a new room; say on which floor it is"
+        here = room_of(path.relative_to(ROOT).with_suffix("").as_posix())
         for name in names:
             package, _, inner = name.partition(".")
             if package == "pruning_core":
-                there = inner.split(".")[0]
-                if floor[there] > floor[here] or (here in WINGS and there in WINGS and here != there):
+                there = room_of(module_file(inner))
+                apart = any(here in rooms and there in rooms and here != there for rooms in APART)
+                if floor[there] > floor[here] or apart:
                     wrong.append(f"{here} imports {there}")
             elif package not in PACKAGES | MORE_PACKAGES.get(here, set()) | sys.stdlib_module_names:
                 wrong.append(f"{here} imports {package}")
@@ -82,23 +93,36 @@ def test_imports_point_down():
 @pytest.mark.parametrize(
     ("file", "name"),
     [
-        ("budget.py", "pruning_core.masks.pruning"),
-        ("masks/basic.py", "pruning_core.channels.plan"),
+        ("criteria.py", "pruning_core.masks.pruning"),
+        ("masks/groups.py", "pruning_core.channels.planner"),
+        ("channels/slim.py", "pruning_core.masks.options"),
+        ("graph/trace/rules/moves.py", "pruning_core.graph.cut.reference"),
+        ("graph/couple/trial.py", "pruning_core.graph.cut.surgery"),
+        ("graph/cut/surgery.py", "pruning_core.graph.couple.groups"),
+        ("graph/cut/surgery.py", "pruning_core.graph"),
+        ("sparse_format/packed.py", "pruning_core.masks.weight"),
+        ("masks/weight.py", "pruning_core.compat"),
+        ("masks/weight.py", "pruning_core"),
         ("criteria.py", "ultralytics"),
-        ("config.py", "transformers.pytorch_utils"),
-        ("patterns.py", "pruning_core.masks.config"),
-        ("__init__.py", "pruning_core.integrations.transformers.callback"),
-        ("trainer_callback.py", "lightning"),
+        ("masks/config.py", "transformers.pytorch_utils"),
+        ("graph/cut/surgery.py", "scipy.sparse"),
+        ("export/onnx_model.py", "pruning_core.cli.packing"),
+        ("integrations/transformers/callback.py", "lightning"),
     ],
 )
 def test_the_guard_can_fail(file, name):
     assert violations({ROOT / file: [name]}) != []
 
 
-def test_modules_of_one_floor_do_not_import_in_circles():
+def test_a_new_room_must_be_given_a_floor():
+    with pytest.raises(AssertionError, match="novelty: a new room"):
+        violations({ROOT / "novelty.py": []})
+
+
+def test_modules_do_not_import_in_circles():
     graph = {}
     for path in ROOT.rglob("*.py"):
-        module = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+        module = ".".join(path.relative_to(CHECKOUT).with_suffix("").parts).removesuffix(".__init__")
         graph[module] = {name for name in imports(path) if name.startswith("pruning_core")}
     done: set[str] = set()
 
@@ -115,7 +139,7 @@ def test_modules_of_one_floor_do_not_import_in_circles():
 
 def test_apps_stand_apart():
     """What two apps share lies in `apps/common`, which knows none of them; no app imports another."""
-    apps = ROOT.parent / "apps"
+    apps = CHECKOUT / "apps"
     for path in apps.rglob("*.py"):
         here = path.relative_to(apps).parts[0]
         for node in ast.walk(ast.parse(path.read_text())):
@@ -124,3 +148,38 @@ def test_apps_stand_apart():
             for name in names:
                 if name.startswith("apps."):
                     assert name.split(".")[1] in (here, "common"), f"{path} imports {name}"
+
+
+# ---- the front door is enough ---------------------------------------------------------------------------------------
+
+FACES = [
+    *(CHECKOUT / "apps").rglob("*.py"),
+    *(CHECKOUT / "benchmarks").glob("*.py"),
+    *(ROOT / "integrations").rglob("*.py"),
+]
+
+
+def private_reads(source: str) -> list[str]:
+    """`pruner._groups`, `pruning_core.masks.weight._x`: what a pruner or the core keeps for itself."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            owner = ast.unparse(node.value)
+            if owner.split(".")[-1] in ("pruner", "pruning", "graph", "plan", "report") or owner.startswith("pc."):
+                found.append(f"{owner}.{node.attr}")
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pruning_core"):
+            found += [f"{node.module}.{alias.name}" for alias in node.names if alias.name.startswith("_")]
+    return found
+
+
+@pytest.mark.parametrize("path", FACES, ids=lambda path: str(path.relative_to(CHECKOUT)))
+def test_nothing_private_is_read(path):
+    assert private_reads(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["pruner._groups[0].done", "run.pruner._clocks", "from pruning_core.masks.pruning import _known", "pc.x._y"],
+)
+def test_the_search_for_private_reads_can_fail(source):
+    assert private_reads(source) != []

@@ -268,3 +268,73 @@ def test_channels_last_weights_are_masked_in_place():
         train(model, optimizer, range(5))
     assert [p.stride() for p in model.parameters()] == strides
     assert pruner.report().groups[0].reached == pytest.approx(0.8, abs=4 / 2000)
+
+
+def test_what_a_pruner_answers():
+    """Two pruners with their own windows: done when both are, asked and sparsity over all their weights."""
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 16, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    one = {"pattern": "1x1", "pruning_type": "magnitude", "target_sparsity": 0.5}
+    pruner = Pruning([{**one, "op_names": ["^0$"]}, {**one, "op_names": ["^1$"], "start_step": 2, "end_step": 2}])
+    assert (pruner.done, pruner.asked, pruner.sparsity, pruner.pruners, pruner.sharded) == (False, 0.0, 0.0, (), False)
+    with pruner.attach(model, optimizer):
+        assert [(config.start_step, names, weights) for config, names, weights in pruner.pruners] == [
+            (0, ("0.weight",), 64),
+            (2, ("1.weight",), 128),
+        ]
+        for step in range(3):
+            assert pruner.done == (step >= 2)
+            expected = 0.5 if step >= 2 else 0.5 * 64 / 192
+            assert pruner.asked == pytest.approx(expected)
+            assert (
+                pruner.sparsity
+                == pytest.approx(expected)
+                == 1 - (sum(mask.sum().item() for mask in pruner.masks().values()) / 192)
+            )
+            optimizer.step()
+
+
+def test_limits_of_single_layers():
+    """A limit by name binds in the global ranking; the total stays exact."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False))
+    with torch.no_grad():
+        model[0].weight.mul_(0.01)  # would go first
+        model[2].weight.mul_(100)  # would stay
+    config = {"pattern": "1x1", "pruning_type": "magnitude", "target_sparsity": 0.5}
+    limits = {"^0$": 0.2, "^2$": [0.4, 0.6]}
+    pruner = Pruning({**config, "limits": limits})
+    pruner.model = model
+    pruner.on_train_begin()
+    pruner.on_step_begin()
+    zeros = [int((layer.weight == 0).sum()) for layer in model]
+    assert sum(zeros) == 150
+    assert zeros[0] == 20 and zeros[2] == 40
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limits": 0.5}, r"limits: must be a mapping of layers, got 0\.5; one for all is max_sparsity_ratio_per_op"),
+        ({"limits": {"0": 2}}, r"limits: 0 must lie between 0 and 1, the least first, got 2"),
+        ({"limits": {"0": [0.5, 0.1]}}, r"limits: 0 must lie between 0 and 1, the least first, got \[0\.5, 0\.1\]"),
+        (
+            {"limits": {"0": [0.9, 1.0]}},
+            r"limits: 0 must lose at least 0\.9, got target_sparsity 0\.8; lower the least",
+        ),
+        ({"limits": {"(": 0.5}}, r"limits: not a regular expression"),
+        ({"limits": {3: 0.5}}, r"limits: names must be strings, got 3"),
+        ({"limits": {"0": "half"}}, r"limits: 0 must be the share that may go, or \[at least, at most\], got 'half'"),
+        (
+            {"limits": {"encoder": 0.5}},
+            r"pruning_configs\[0\]\.limits: matches no layer that takes part, got 'encoder'",
+        ),
+        ({"limits": {"0": 0.5}}, r"max_sparsity_ratio_per_op: 0\.5 of every layer leaves room for"),
+        ({"limits": {"0": 0.5}, "pruning_scope": "local"}, r"max_sparsity_ratio_per_op: 0\.5 of every layer leaves"),
+    ],
+)
+def test_limits_that_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        pruner = Pruning({"pattern": "1x1", **options})
+        pruner.model = nn.Sequential(nn.Linear(8, 8))
+        pruner.on_train_begin()

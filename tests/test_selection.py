@@ -286,7 +286,7 @@ def selected(model: nn.Module, **options) -> list[str]:
 
 
 def spared(pruner: Pruning) -> dict[str, str]:
-    return {each.layer: each.reason for group in pruner._groups for each in group.spared}
+    return {each.layer: each.reason for group in pruner._groups for each in group.skipped}
 
 
 def problem(model: nn.Module, *configs: dict) -> str:
@@ -619,7 +619,7 @@ def test_the_first_pruner_that_selects_a_layer_has_it():
     pruner = began(linears("a", "b", "c"), {"op_names": ["b"]}, {"excluded_op_names": ["c"]}, {})
     owners = [[weight.target.name for weight in group.weights] for group in pruner._groups]
     assert owners == [["b.weight"], ["a.weight"], ["c.weight"]]
-    assert {each.layer: each.reason for each in pruner._groups[2].spared} == {
+    assert {each.layer: each.reason for each in pruner._groups[2].skipped} == {
         "a": "pruned as a.weight by pruning_configs[1]",
         "b": "pruned as b.weight by pruning_configs[0]",
     }
@@ -642,7 +642,7 @@ def test_tied_weights_are_owned_once():
     assert spared(pruner) == {"c": "pruned as a.weight by pruning_configs[0]"}
     pruner = began(model, {"op_names": ["c"]}, {})
     assert list(pruner.masks()) == ["c.weight", "b.weight"]
-    assert {each.layer: each.reason for each in pruner._groups[1].spared} == {
+    assert {each.layer: each.reason for each in pruner._groups[1].skipped} == {
         "a": "pruned as c.weight by pruning_configs[0]",
         "c": "pruned as c.weight by pruning_configs[0]",
     }

@@ -22,7 +22,6 @@ from torch import nn
 from yolov5_app import ROOT, SCRIPT, TINY, arguments
 
 from apps.common.errors import BadInput
-from apps.common.pruning import target_reached
 from apps.common.ranks import Ranks
 from apps.yolov5 import ultralytics_adapter as adapter
 from apps.yolov5.data_set import ValBatches, read_data, to_device
@@ -523,7 +522,7 @@ def test_upstreams_loop_reaches_the_target(upstreams, monkeypatch):
     monkeypatch.setattr("ultralytics.utils.metrics.DetMetrics.fitness", property(lambda _: next(fitness)))
     config, saved = {"target_sparsity": 0.6, "pattern": "1x1", "pruning_type": "magnitude"}, []
     upstream = YOLO(TINY)
-    upstream.add_callback("on_model_save", lambda made: saved.append((target_reached(made.pruner), made.best.exists())))
+    upstream.add_callback("on_model_save", lambda made: saved.append((made.pruner.done, made.best.exists())))
     upstream.train(trainer=pruning_trainer(config, cooldown_epochs=1), **upstream_run(upstreams, epochs=4))
     assert saved == [(False, False), (False, False), (True, True), (True, True)]
     masks, folder = upstream.trainer.pruner.masks(), upstream.trainer.wdir

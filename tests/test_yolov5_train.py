@@ -5,7 +5,6 @@ import functools
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ import yolov5_app as app
 from PIL import Image
 from samples import NEURAL_COMPRESSOR_YAML
 
-from apps.common.pruning import reached, target_reached
+from apps.common.pruning import reached
 from apps.yolov5 import train_prune
 from apps.yolov5 import ultralytics_adapter as adapter
 from apps.yolov5.arguments import parser
@@ -199,12 +198,6 @@ def test_frozen_layers_stay_as_they_are(place):
     before, after = (adapter.load_model(file, "--weights").state_dict() for file in files)
     assert torch.equal(before["model.1.bn.running_mean"], after["model.1.bn.running_mean"])
     assert not torch.equal(before["model.3.bn.running_mean"], after["model.3.bn.running_mean"])
-
-
-def test_the_target_is_reached_when_every_pruner_is_done():
-    states = [SimpleNamespace(done=True), SimpleNamespace(done=False)]
-    assert not target_reached(SimpleNamespace(groups=states))
-    assert target_reached(SimpleNamespace(groups=states[:1]))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(place, monkeypatch, capsys):

@@ -6,9 +6,6 @@ python apps/qa/train_prune.py --help
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from apps.qa.arguments import parser
 

@@ -18,8 +18,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from data.shapes import CLASSES, shapes
 from pruning_core import Pruning, WeightPruningConfig, checkpoint
 

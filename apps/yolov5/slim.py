@@ -6,8 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from apps.common.arguments import Parser, count, leave
 from apps.common.errors import BadInput
 from apps.yolov5.export import free_path

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from apps.common.arguments import leave
 from apps.yolov5.arguments import parser
@@ -19,6 +16,7 @@ if __name__ == "__main__":
 
 from argparse import Namespace
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch

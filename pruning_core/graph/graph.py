@@ -65,10 +65,10 @@ class ChannelGraph(Coupling):
         pass in training mode, where it takes something else. ``outputs_may_shrink``: channels of outputs are not
         frozen. ``narrow_heads``: attention keeps its heads and loses channels of each.
 
-        Cost: one forward pass in evaluation and one in training mode; then the trial, at least six more on a copy of
-        the model (two cuts of half of it, each beside the masked model), and one or two for each size that the code
-        computes in its own way. ``trial=False`` spares copy and passes, for a model that does not fit twice: groups
-        are listed then that the code may not follow, and ``slim_`` finds out.
+        Cost: a forward pass in evaluation and one in training mode; then the trial on a copy of the model, two cuts of
+        a masked pass and a cut pass each, six in all, and one to three more for each size that the code keeps in its
+        own way. ``trial=False`` spares the copy and its passes, for a model that does not fit twice; then groups are
+        listed that the code may not follow, and ``slim_`` finds out.
         """
         labels, example = Labels(narrow_heads), as_inputs(example_inputs)
         stored = StoredTensors(labels, model)

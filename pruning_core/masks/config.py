@@ -14,6 +14,7 @@ from pruning_core.masks.options import PrunerOptions
 from pruning_core.options import shown
 from pruning_core.patterns import parse_pattern
 from pruning_core.registry import did_you_mean
+from pruning_core.report import markdown_table
 from pruning_core.yaml_file import read_mapping
 
 ALIASES = {
@@ -212,9 +213,7 @@ def reference() -> str:
     spellings: dict[str, list[str]] = {}
     for alias, name in ALIASES.items():
         spellings.setdefault(name, []).append(f"`{alias}`")
-    rows = ["| option | default | meaning | also read as |", "| --- | --- | --- | --- |"]
+    rows = []
     for name, field in PrunerOptions.model_fields.items():
-        meaning = field.description or ""
-        cells = [f"`{name}`", f"`{field.default}`", meaning, ", ".join(spellings.get(name, []))]
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(rows) + "\n"
+        rows.append((f"`{name}`", f"`{field.default}`", field.description or "", ", ".join(spellings.get(name, []))))
+    return markdown_table(("option", "default", "meaning", "also read as"), rows) + "\n"
