@@ -49,7 +49,7 @@ class Report:
         raise NotImplementedError
 
     def save_json(self, path: str | Path) -> None:
-        text = json.dumps(plain(self.to_dict()), indent=2) + "\n"
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
         write_atomically(path, lambda file: file.write(text.encode()))
 
     def save_markdown(self, path: str | Path) -> None:

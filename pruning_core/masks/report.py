@@ -13,7 +13,7 @@ from pruning_core.masks.config import WeightPruningConfig
 from pruning_core.masks.groups import MaskGroup
 from pruning_core.masks.options import LOCK, PrunerOptions
 from pruning_core.masks.sharding import local, shard_groups
-from pruning_core.report import Bars, Report, text_table
+from pruning_core.report import Bars, Report, plain, text_table
 from pruning_core.selection import Skipped, kind_of
 
 COLUMNS = ("layer", "type", "shape", "pattern", "asked", "reached", "zeros", "why")
@@ -106,7 +106,7 @@ class SparsityReport(Report):
             "sparsity": self.sparsity,
             "parameters": self.parameters,
             "zeros": self.zeros,
-            "metrics": self.metrics,
+            "metrics": plain(self.metrics),
             "groups": groups,
             "dense": [{**asdict(layer), "reached": layer.reached} for layer in self.dense],
         }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,7 +29,7 @@ PLAN, REPORT, PICTURE = "channel_plan.json", "channel_report.json", "channels.pn
 class SlimConfig(ChannelOptions):
     """What the file says: the options of ``plan_channels``, a budget, and how many batches scores are computed from."""
 
-    budget: dict[str, float] = {"macs": 0.5}
+    budget: dict[str, float] = Field({"macs": 0.5})
     batches: Positive = 16
     criterion: str = "taylor"
     round_to: Positive = 8
