@@ -265,7 +265,7 @@ def _transformer(name: str) -> nn.Module:
 
 
 def _nets() -> list[Row]:
-    nets = importlib.import_module("tests.nets").NETS
+    nets = importlib.import_module("tests.support.nets").NETS
     return [(name, build, partial(_net_example, inputs)) for name, (build, inputs) in nets.items()]
 
 

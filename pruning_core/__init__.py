@@ -13,12 +13,12 @@ from pruning_core.integrations.when_imported import when_imported as _when_impor
 
 __version__ = "0.1.0"
 
-_HOMES = dict(
-    (name, home)
+_HOMES = {
+    name: home
     for home, name in re.findall(
         r"^from (\S+) import (\w+) as \w+$", Path(__file__).with_suffix(".pyi").read_text(), re.M
     )
-)
+}
 __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
 
 

@@ -21,8 +21,7 @@ import torch
 from torch import nn
 
 from pruning_core import CheckpointError, checkpoint
-
-ROOT = Path(__file__).parent.parent
+from tests.support import ROOT
 
 
 def same(a: object, b: object) -> bool:

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import small_net, train
 
 from pruning_core import Pruning, WeightPruningConfig
 from pruning_core.criteria import CRITERIA, Criterion
 from pruning_core.patterns import PATTERNS, Block
 from pruning_core.registry import Registry
 from pruning_core.schedules import SCHEDULES, Schedule
+from tests.support.loops import small_net, train
 
 
 @pytest.fixture

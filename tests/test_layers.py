@@ -1,4 +1,4 @@
-"""Imports point down, wings never import each other, each room imports few packages, and nobody reads what is private."""
+"""Imports point down, wings never import each other, each room imports few packages, nobody reads what is private."""
 
 import ast
 import sys

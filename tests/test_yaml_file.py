@@ -9,11 +9,11 @@ from collections import OrderedDict
 from pathlib import Path
 
 import pytest
-from samples import NEURAL_COMPRESSOR_YAML
 from torch import nn
 
 from pruning_core import Pruning, WeightPruningConfig
 from pruning_core.yaml_file import MAX_BYTES, MAX_DEPTH, MAX_NODES, read_mapping
+from tests.support.samples import NEURAL_COMPRESSOR_YAML
 
 SECOND_GENERATION = """\
 version: 1.0

@@ -1,7 +1,7 @@
 """Everything that this app takes from ultralytics, and nothing else imports it. ultralytics is AGPL-3.0.
 
 Model, data set, loss, moving average and metrics come from there. Pinned to the range in ``SUPPORTED``;
-``tests/test_yolov5_adapter.py`` is the contract: it fails when that package moves under us.
+``tests/apps/yolov5/test_adapter.py`` is the contract: it fails when that package moves under us.
 """
 
 from __future__ import annotations

@@ -16,8 +16,11 @@ from pruning_core.graph import ChannelGraph, Plan, Slimmed, slim_
 
 @dataclass(frozen=True)
 class Slim:
-    """What ``slim`` did: the ``model`` (the same object, smaller), the ``plan`` it followed, the ``report`` of what is
-    left of each layer, and the proof (``cut``: how far it is from the masked model). Printing shows report and proof."""
+    """What ``slim`` did; printing shows the report and the proof.
+
+    ``model``: the same object, smaller. ``plan``: what it followed. ``report``: what is left of each layer.
+    ``cut``: how far the model is from the masked one.
+    """
 
     model: nn.Module
     plan: Plan

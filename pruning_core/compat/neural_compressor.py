@@ -1,4 +1,4 @@
-"""Neural Compressor's pruner (1.x ``pytorch_pruner``, 2.x ``compression.pruner``): the same names, options and hooks."""
+"""Neural Compressor's pruner (1.x ``pytorch_pruner``, 2.x ``compression.pruner``): the same names and hooks."""
 
 from pruning_core.masks.config import WeightPruningConfig
 from pruning_core.masks.pruning import Pruning

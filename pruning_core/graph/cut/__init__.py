@@ -1,1 +1,1 @@
-"""Cuts exactly what a plan says, compares the cut model with the masked one, and takes everything back if they differ."""
+"""Cuts what a plan says, compares the cut model with the masked one, and rolls back if they differ."""

@@ -54,7 +54,7 @@ class CutModel:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How far a cut model followed the masked one: ``at`` operations, then ``error`` in module ``where``, or ``output``."""
+    """How far a cut model followed the masked one: ``at`` operations, then ``error`` in ``where``, or ``output``."""
 
     at: int
     where: str
