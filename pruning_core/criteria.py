@@ -36,6 +36,7 @@ class Slices:
 
 
 def fold_lines(x: Tensor, dim: int) -> Tensor:
+    """(channels, weights of each): ``dim`` first, the rest flat."""
     return x.movedim(dim, 0).reshape(x.shape[dim], -1)
 
 

@@ -27,6 +27,7 @@ class Like:
     device: torch.device
 
     def made(self) -> Tensor:
+        """Random numbers of this shape, the same each time."""
         generator = torch.Generator().manual_seed(0)
         return torch.randn(self.shape, generator=generator).to(self.device, self.dtype)
 

@@ -44,6 +44,7 @@ class Consumer:
         self.found.append(read.movedim(dim, -1).reshape(-1, read.shape[dim])[:, self.dead])
 
     def constants(self) -> Tensor:
+        """The number in place of each removed channel; GraphError where it changes with the input."""
         found = torch.cat(self.found)
         apart = float((found - found[:1]).abs().max()) if len(found) else 0.0
         if not apart <= 100 * torch.finfo(found.dtype).eps * float(found.abs().max()):

@@ -44,6 +44,7 @@ class ChannelOptions(Options):
 
     @cached_property
     def group_limits(self) -> Limits:
+        """``limits``, read."""
         return read_limits(self.limits, most=0.95)
 
 

@@ -49,9 +49,9 @@ def plan_channels(
         scope=scope,
         round_to=round_to,
         limits=limits,
-        op_names=list(op_names) if not isinstance(op_names, str) else op_names,
-        excluded_op_names=list(excluded_op_names) if not isinstance(excluded_op_names, str) else excluded_op_names,
-        pruning_op_types=list(pruning_op_types) if not isinstance(pruning_op_types, str) else pruning_op_types,
+        op_names=op_names,
+        excluded_op_names=excluded_op_names,
+        pruning_op_types=pruning_op_types,
         seed=seed,
     )
     kind, left = read_budget(budget)
@@ -137,6 +137,7 @@ class _Search:
     left: float
 
     def run(self) -> Removed:
+        """The channels that go."""
         least = self.cost(self.removed(len(self.order)))
         if least > self.left:
             raise GraphError(
@@ -151,6 +152,7 @@ class _Search:
         return found if self.kind == "latency" or self.room.round_to > 1 else self.given_back(found)
 
     def removed(self, count: int) -> Removed:
+        """What goes when the first ``count`` units of the ranking may."""
         return removed_of(self.room, self.scores, self.order, count)
 
     def given_back(self, removed: Removed) -> Removed:

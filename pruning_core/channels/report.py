@@ -55,6 +55,7 @@ class ChannelReport(Report):
 
     @classmethod
     def of(cls, graph: ChannelGraph, plan: Plan | None = None) -> ChannelReport:
+        """The report of a plan, or of a graph that nothing is removed from."""
         removed: Removed = plan.channels if plan is not None else {}
         return cls(
             tuple(_layers(graph, removed)),

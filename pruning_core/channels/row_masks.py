@@ -32,6 +32,7 @@ class FakeStructuredSparsity(nn.Module):
 
 
 def zero_rows(tensor: Tensor, mask: Tensor) -> Tensor:
+    """A copy with the rows whose mask is False set to zero."""
     return tensor.masked_fill(~mask.view(-1, *[1] * (tensor.dim() - 1)), 0)
 
 
@@ -56,14 +57,17 @@ class RowMask:
 
     @property
     def mask(self) -> Tensor:
+        """Bool (rows,): True = kept."""
         return self.fake.mask
 
     def attach(self) -> None:
+        """Puts the mask on as a parametrization."""
         self.order = list(self.module._parameters)
         for name in self.under:
             parametrize.register_parametrization(self.module, name, self.fake)
 
     def detach(self) -> None:
+        """Takes it off; Parameter objects and their order are as before."""
         for name in self.under:
             parametrize.remove_parametrizations(self.module, name, leave_parametrized=False)
         parameters = self.module._parameters

@@ -27,6 +27,7 @@ class Data:
     to_loss: ToLoss | None = None
 
     def needed(self, what: str) -> ToLoss:
+        """``to_loss``; GraphError where none was given."""
         if self.to_loss is None:
             raise GraphError(f"criterion: {what} needs data, got none; give batches and to_loss")
         return self.to_loss

@@ -67,6 +67,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """The plan that ``to_dict`` wrote; GraphError for anything else."""
         data = data if isinstance(data, Mapping) else {}
         if data.get("format") != FORMAT or data.get("version") != VERSION:
             raise GraphError(
@@ -90,11 +91,13 @@ class Plan:
             raise GraphError(f"plan: is damaged, got {type(error).__name__}: {error}; make it again") from error
 
     def save(self, path: str | Path) -> None:
+        """Writes JSON, whole or not at all."""
         text = json.dumps(self.to_dict(), indent=1)
         write_atomically(path, lambda file: file.write(text.encode()))
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
+        """Reads what ``save`` wrote."""
         try:
             data = json.loads(Path(path).read_text())
         except ValueError as error:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruning_core.bits import unpack_bits
 from pruning_core.masks.config import WeightPruningConfig
 from pruning_core.masks.groups import MaskGroup
 from pruning_core.masks.options import LOCK, PrunerOptions
@@ -221,14 +222,10 @@ def _groups(pruner: Mapping[str, Any] | None) -> list[tuple[PrunerOptions, Any]]
 
 def _asked(options: PrunerOptions, group: Mapping[str, Any]) -> float:
     if options.kind == LOCK:
-        kept = sum(int(torch.count_nonzero(_bits(each["keep"]))) for each in group["weights"].values())
-        total = sum(torch.Size(each["shape"]).numel() for each in group["weights"].values())
+        sizes = [(each["keep"].numpy(), torch.Size(each["shape"]).numel()) for each in group["weights"].values()]
+        kept, total = sum(int(unpack_bits(*each).sum()) for each in sizes), sum(size for _, size in sizes)
         return (total - kept) / total if total else 0.0
     return options.timetable.sparsity(group["updated_at"]) if group["updated_at"] >= 0 else 0.0
-
-
-def _bits(packed: Tensor) -> Tensor:
-    return packed.unsqueeze(-1).bitwise_and(torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8))
 
 
 def _zeros(tensor: Tensor) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pruning_core.bits import pack_bits, unpack_bits
 from pruning_core.masks.options import LOCK, PrunerOptions
 from pruning_core.masks.sharding import Place, local, place
 from pruning_core.patterns import parse_pattern
@@ -199,12 +200,12 @@ def mask_(weight: Tensor, keep: Tensor) -> None:
 
 def pack(keep: Tensor) -> Tensor:
     """A mask as bits, eight to a byte."""
-    return torch.from_numpy(np.packbits((keep != 0).flatten().cpu().numpy()))
+    return torch.from_numpy(pack_bits((keep != 0).cpu().numpy()))
 
 
 def unpack(bits: Tensor, like: Tensor) -> Tensor:
     """The inverse of ``pack``."""
-    flags = np.unpackbits(bits.cpu().numpy(), count=like.numel())
+    flags = unpack_bits(bits.cpu().numpy(), like.numel())
     return torch.from_numpy(flags.view(np.int8)).neg().view(like.shape).to(like.device)
 
 

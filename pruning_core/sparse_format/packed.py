@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pruning_core.bits import Bytes, pack_bits, unpack_bits
 from pruning_core.checkpoint import CheckpointError
 from pruning_core.sparse_format import units as units_of
 from pruning_core.sparse_format.container import read_shape
@@ -30,17 +31,14 @@ from pruning_core.sparse_format.streams import (
     BITS,
     HUFFMAN,
     PLAIN,
-    Bytes,
     Piece,
     Stream,
     coded,
     decoded,
     join,
     nonzero,
-    pack_bits,
     split,
 )
-from pruning_core.sparse_format.streams import unpack_bits as bits_of
 
 MAGIC = b"PCsp"
 START = struct.Struct("<4sII")
@@ -181,7 +179,7 @@ def unpack(data: Bytes, expected: Head | None = None) -> Tensor:
     bits = np.zeros(head.shape, dtype=found.dtype)
     bits[stored] = found
     if signs is not None:
-        negative = bits_of(signs, stored.size - head.stored).astype(found.dtype)
+        negative = unpack_bits(signs, stored.size - head.stored).astype(found.dtype)
         bits[~stored] = negative << (8 * found.itemsize - 1)
     signed = torch.from_numpy(bits.view(np.dtype(f"i{found.itemsize}")))
     return signed.view(DTYPES[head.values]).to(DTYPES[head.dtype])

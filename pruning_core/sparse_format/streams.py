@@ -1,4 +1,4 @@
-"""Streams of bytes: Huffman coding by the standard library, bits, and the two halves of floating-point numbers.
+"""Streams of bytes: Huffman coding by the standard library, and the two halves of floating-point numbers.
 
 A stream is read with its length known beforehand, so that nothing a file says makes more bytes than were asked for.
 """
@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pruning_core.bits import Bytes
 from pruning_core.checkpoint import CheckpointError
 
-Bytes = NDArray[np.uint8]
 Piece = memoryview | bytes
 PLAIN, HUFFMAN = "plain", "huffman"
 PART = 1 << 16
@@ -51,17 +51,6 @@ def decoded(stream: Stream, length: int) -> Bytes:
     if len(data) != length:
         raise CheckpointError(f"must hold {length:,} bytes, got {len(data):,}")
     return data
-
-
-def pack_bits(flags: NDArray[np.bool_]) -> Bytes:
-    return np.packbits(flags.reshape(-1), bitorder="little")
-
-
-def unpack_bits(data: Bytes, count: int) -> NDArray[np.bool_]:
-    """``count`` flags; the bits that fill up the last byte must be zero."""
-    if count % 8 and data[-1] >> (count % 8):
-        raise CheckpointError(f"has a bit set behind its {count:,} bits")
-    return np.unpackbits(data, count=count, bitorder="little").view(np.bool_)
 
 
 def split(bits: NDArray[np.unsignedinteger]) -> tuple[Bytes, Bytes]:

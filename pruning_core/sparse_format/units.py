@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pruning_core.bits import Bytes, pack_bits, unpack_bits
 from pruning_core.checkpoint import CheckpointError
-from pruning_core.sparse_format.streams import Bytes, pack_bits, unpack_bits
 
 Flags = NDArray[np.bool_]
 LARGEST_GROUP = 8

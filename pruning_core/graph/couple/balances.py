@@ -27,6 +27,7 @@ class Balances:
                 self.weights.append(weights)
 
     def off(self, removed: set[int]) -> list[int]:
+        """Per pair, by how much one side loses more than the other."""
         return [sum(weight for unit, weight in weights.items() if unit in removed) for weights in self.weights]
 
     def restored(self, removed: set[int], score: Mapping[int, float] | None = None) -> set[int]:

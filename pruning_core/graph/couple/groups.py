@@ -40,12 +40,14 @@ class Coupling:
         self.solve()
 
     def solve(self) -> None:
+        """Labels -> components -> groups and balances."""
         self.components = rectangles(self.labels, [each for trace in self.traces for each in trace.operations])
         self.groups = {group.name: group for group in groups_of(self.labels, self.components)}
         self.balances = Balances(self.components, self.labels.balances)
         self.where = {unit: (group.name, i) for group in self.groups.values() for i, unit in enumerate(group.members)}
 
     def units(self, removed: Removed) -> set[int]:
+        """The units of these channels."""
         return {self.groups[name].members[i] for name, channels in removed.items() for i in channels}
 
     def dead(self, removed: Removed) -> np.ndarray:

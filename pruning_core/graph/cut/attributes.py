@@ -27,6 +27,7 @@ class Attributes:
         return found
 
     def set(self, path: str, name: str, value: Any) -> None:
+        """Changes an attribute and remembers its value."""
         self._log.append((path, name, getattr(self.modules[path], name)))
         setattr(self.modules[path], name, value)
 
@@ -35,6 +36,7 @@ class Attributes:
         return len(self._log)
 
     def back_to(self, mark: int) -> None:
+        """Undoes the changes since ``mark``."""
         while len(self._log) > mark:
             path, name, before = self._log.pop()
             setattr(self.modules[path], name, before)
@@ -69,6 +71,7 @@ class Attributes:
         return [like(value, [each.get(int(number), int(number)) for number in value]) for each in several]
 
     def apply_to(self, model: nn.Module) -> None:
+        """Makes the same changes in a copy of the model."""
         modules = dict(model.named_modules())
         for path, values in self.changed.items():
             for name, value in values.items():
@@ -86,6 +89,7 @@ def _is_number(value: Any) -> bool:
 
 
 def upwards_from(path: str) -> Iterator[str]:
+    """A module path and those of the modules around it, the model itself last."""
     while path:
         yield path
         path = path.rpartition(".")[0]

@@ -30,6 +30,7 @@ class CutModel:
     accept: Callable[[Any], float]
 
     def run(self) -> Outcome:
+        """One pass of the cut model, up to where it diverges."""
         args, kwargs = self.example
         path, compare = ModulePath(self.model), Comparing(self.trace)
         try:
@@ -45,6 +46,7 @@ class CutModel:
             path.remove()
 
     def holds(self) -> bool:
+        """Whether it runs through and its output is accepted."""
         run = self.run()
         try:
             return run.error is None and self.accept(run.output) >= 0

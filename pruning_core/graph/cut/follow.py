@@ -82,6 +82,7 @@ class Follower:
             self._at[place].append(operation)
 
     def run(self) -> Any:
+        """Runs the cut model until nothing is left to change; its output."""
         run = self.cut.run()
         while run.error is not None:
             operation = self.trace.operations[min(run.at, len(self.trace.operations) - 1)]

@@ -23,6 +23,7 @@ class Masked:
     hooks: list[Any] = field(default_factory=list)
 
     def undo(self) -> None:
+        """Removes the hooks and puts the zeroed weights back."""
         for hook in self.hooks:
             hook.remove()
         with torch.no_grad():

@@ -34,6 +34,7 @@ def laid_out(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def cut_parameters(model: nn.Module, plan: Plan) -> None:
+    """Slices every parameter and buffer of the plan, and the gradient is dropped."""
     tensors = named_tensors(model)
     by_tensor: dict[str, list[Axis]] = {}
     for axis in plan.removed:

@@ -150,6 +150,7 @@ class Undo:
         return {name: (tensor, tensor.data, tensor.grad) for name, tensor in named_tensors(model).items()}
 
     def run(self) -> None:
+        """Puts tensors, gradients and attributes back."""
         for tensors in self.tensors:
             for tensor, data, grad in tensors.values():
                 put(tensor, data)

@@ -30,6 +30,7 @@ class Axis:
 
     @staticmethod
     def parse(text: str) -> Axis:
+        """``weight:0`` -> the axis."""
         tensor, _, dim = text.rpartition(":")
         return Axis(tensor, int(dim))
 
@@ -40,6 +41,7 @@ def varies(labels: Tensor, dim: int) -> bool:
 
 
 def varying(labels: Tensor) -> list[int]:
+    """The dimensions along which labels differ."""
     return [dim for dim in range(labels.dim()) if varies(labels, dim)]
 
 
@@ -61,6 +63,7 @@ def unexpanded(*labels: Tensor) -> tuple[Tensor, ...]:
 
 
 def holds_any(labels: Tensor | None) -> bool:
+    """Whether there is any label."""
     return labels is not None and bool((unexpanded(labels)[0] != NONE).any())
 
 
@@ -100,9 +103,11 @@ class Labels:
         return self.axes[axis]
 
     def owner(self, label: int) -> Axis | None:
+        """The axis that a label belongs to."""
         return self._owners[bisect.bisect_right(self._starts, label) - 1]
 
     def same_owner(self, labels: Tensor) -> bool:
+        """Whether all labels belong to one axis."""
         return len({self.owner(int(label)) for label in labels.unique()}) == 1
 
     def tie(self, left: Tensor, right: Tensor, because: str = "") -> None:

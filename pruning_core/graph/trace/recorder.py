@@ -35,6 +35,7 @@ class Call:
 
     @property
     def name(self) -> str:
+        """The operation, as ``conv2d``."""
         return str(self.func.overloadpacket.__name__)
 
     def __getitem__(self, argument: str) -> Any:
@@ -44,16 +45,20 @@ class Call:
         return argument in self.arguments
 
     def shadow(self, argument: str) -> Shadow:
+        """What is known of a tensor argument."""
         return self.shadows.get(id(self.arguments.get(argument)))
 
     def numbers(self) -> Numbers:
+        """All int and float arguments, in order."""
         return tuple(each for each in pytree.tree_leaves(self.arguments) if type(each) in (int, float))
 
     def tensors(self) -> list[Tensor]:
+        """All tensor arguments, in order."""
         return [leaf for leaf in pytree.tree_leaves(self.arguments) if isinstance(leaf, Tensor)]
 
 
 def arguments_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names in the schema, defaults included."""
     schema = func._schema.arguments
     named = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
     named.update({argument.name: value for argument, value in zip(schema, args, strict=False)})
@@ -76,6 +81,7 @@ class ModulePath:
 
     @property
     def now(self) -> str:
+        """The module that runs."""
         return self.stack[-1]
 
     def _entering(self, name: str) -> Any:
@@ -90,6 +96,7 @@ class ModulePath:
         self.stack.pop()
 
     def remove(self) -> None:
+        """Takes the hooks off the model."""
         for hook in self._hooks:
             hook.remove()
 
@@ -127,6 +134,7 @@ class Recorder(TorchDispatchMode):
         self.rule_of, self.path = rule_of, path
 
     def shadow_of(self, tensor: Tensor) -> Shadow:
+        """What is known of a tensor: its own labels, or those of the parameter it lies in."""
         if tensor in self.shadows:
             return self.shadows[tensor]
         return self.stored.shadow(tensor)
@@ -165,6 +173,7 @@ class Recorder(TorchDispatchMode):
         self._quiet = False
 
     def execute(self, call: Call, args: Any, kwargs: Any) -> Any:
+        """Runs the operation itself; subclasses change what it computes."""
         return call.func(*args, **kwargs)
 
     def buffer(self, shape: tuple[int, ...]) -> Tensor:
@@ -174,6 +183,7 @@ class Recorder(TorchDispatchMode):
         return labels
 
     def is_buffer(self, labels: Tensor) -> bool:
+        """Whether labels lie in the memory of a fresh tensor."""
         return labels.untyped_storage().data_ptr() in self._buffers
 
     def consume(self, source: Tensor, taken: Tensor) -> None:
@@ -200,6 +210,7 @@ class Recorder(TorchDispatchMode):
         return as_activation(self.labels, call.shadow(argument), tuple(tensor.shape))
 
     def freeze(self, shadow: Shadow, because: str) -> None:
+        """Freezes all labels of a shadow."""
         if isinstance(shadow, Tensor):
             self.labels.freeze(shadow, because)
         elif isinstance(shadow, AxisLabels):
@@ -239,6 +250,7 @@ class Operation:
 
     @classmethod
     def of(cls, call: Call, result: Any, shadow: Any, constants: tuple[tuple[int, float], ...]) -> Operation:
+        """What is kept of a call."""
         given = shadow if isinstance(shadow, (tuple, list)) else [shadow]
         results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         known = [(tuple(each.shape), call.shadows[id(each)]) for each in call.tensors()]
@@ -248,10 +260,12 @@ class Operation:
 
 
 def number_in(tensor: Tensor) -> float | None:
+    """The number in a tensor of one element, None for others."""
     if tensor.numel() != 1 or tensor.is_complex() or tensor.dtype == torch.bool:
         return None
     return float(tensor.detach().item())
 
 
 def shapes_of(result: Any) -> tuple[tuple[int, ...], ...]:
+    """The shapes of all tensors of a result."""
     return tuple(tuple(leaf.shape) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))

@@ -38,6 +38,7 @@ class AxisLabels:
         return torch.zeros(self.shape[dim], dtype=torch.int32) if vector is None else vector
 
     def labelled(self) -> list[int]:
+        """The dimensions that have labels of their own."""
         return [dim for dim, vector in enumerate(self.axes) if vector is not None and self.shape[dim] > 1]
 
     def moved(self, labels: Labels, move: Move) -> AxisLabels:

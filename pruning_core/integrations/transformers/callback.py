@@ -167,27 +167,16 @@ class PruningCallback(TrainerCallback):
         name = _file_of(args.process_index) if sharded else FILE
         checkpoint.save({**content, "run": self._run}, folder / name)
 
-    def _save_unannounced(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+    def _save_unannounced(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """``enable_jit_checkpoint`` saves and stops when the machine is taken away, without calling ``on_save``."""
         if self._running and control.should_training_stop:
             trainer_state = _folder(_output(args), state) / TRAINER_STATE
             if trainer_state.is_file() and self._run in trainer_state.read_text():
                 self.on_save(args, state, control)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._save_unannounced(args, state, control)
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._save_unannounced(args, state, control)
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._save_unannounced(args, state, control)
+    on_step_begin = on_pre_optimizer_step = on_epoch_end = _save_unannounced
 
     def _load(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
         """What ``on_save`` wrote beside the weights that the Trainer has loaded.

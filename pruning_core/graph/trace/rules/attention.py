@@ -15,6 +15,7 @@ from pruning_core.graph.trace.shadows import as_activation
 
 @rule("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu")
 def attention(trace: Recorder, call: Call) -> Any:
+    """Query, key and value go by head, or each head loses the same channels."""
     query, key, value = (trace.activation(call, name) for name in ("query", "key", "value"))
     one = query.dim() < 4
     if one:

@@ -34,11 +34,13 @@ def nothing_known(trace: Recorder, call: Call) -> Any:
 
 @rule(*LIKE)
 def like(trace: Recorder, call: Call) -> Any:
+    """The result has the labels of the input."""
     return call.shadow("self") if "self" in call else call.shadow("input")
 
 
 @rule(*MEET)
 def pointwise(trace: Recorder, call: Call) -> Any:
+    """Operands are broadcast against each other; labels that meet are tied."""
     operands = [(tensor, shadow) for tensor in call.tensors() if (shadow := call.shadows[id(tensor)]) is not None]
     if not isinstance(call.result, Tensor):
         return None
@@ -104,6 +106,7 @@ class Met:
         self.single: set[int] = set(range(len(shape)))
 
     def add(self, tensor: Tensor, shadow: Shadow) -> None:
+        """Broadcasts one more operand against those before it."""
         if shadow is None:
             return
         if isinstance(shadow, AxisLabels) and holds_any(self.labels):

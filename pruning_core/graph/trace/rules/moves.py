@@ -40,6 +40,7 @@ def run(call: Call, main: str, labels: Tensor) -> Any:
 
 
 def follow(trace: Recorder, call: Call, main: str = "self") -> Any:
+    """Labels move as the values do."""
     shadow = call.shadow(main)
     if isinstance(shadow, AxisLabels):
         in_parameter = isinstance(call.result, Tensor) and trace.stored.shadow(call.result) is not None
@@ -52,11 +53,13 @@ def follow(trace: Recorder, call: Call, main: str = "self") -> Any:
 
 @rule(*SAME)
 def same(trace: Recorder, call: Call) -> Any:
+    """A copy, or another dtype or memory format."""
     return call.shadow("self") if "self" in call else call.shadow("input")
 
 
 @rule(*VIEWS)
 def view(trace: Recorder, call: Call) -> Any:
+    """Another shape or order of the same elements."""
     return follow(trace, call)
 
 
@@ -72,6 +75,7 @@ def select(trace: Recorder, call: Call) -> Any:
 
 @rule("slice")
 def sliced(trace: Recorder, call: Call) -> Any:
+    """A range; with a step, channels are picked by number and freeze."""
     shadow = call.shadow("self")
     if isinstance(shadow, Tensor) and call["step"] > 1 and varies(shadow, call["dim"]):
         trace.freeze(shadow, "is picked from by number")
@@ -80,6 +84,7 @@ def sliced(trace: Recorder, call: Call) -> Any:
 
 @rule("roll")
 def roll(trace: Recorder, call: Call) -> Any:
+    """Channels that are rolled over change their numbers and freeze."""
     shadow = call.shadow("self")
     if isinstance(shadow, Tensor) and any(varies(shadow, dim) for dim in call["dims"] or range(shadow.dim())):
         trace.freeze(shadow, "is rolled over channels")
@@ -97,6 +102,7 @@ def glu(trace: Recorder, call: Call) -> Any:
 
 @rule("unbind")
 def unbind(trace: Recorder, call: Call) -> Any:
+    """One piece for each index of a dimension."""
     shadow = call.shadow("self")
     if isinstance(shadow, AxisLabels):
         return tuple(
@@ -138,16 +144,19 @@ def pieces(trace: Recorder, call: Call) -> Any:
 
 @rule("cat", "concat", "concatenate")
 def cat(trace: Recorder, call: Call) -> Any:
+    """Pieces side by side."""
     return _joined(trace, call, [each for each in call["tensors"] if each.numel() or each.dim() > 1])
 
 
 @rule("stack")
 def stack(trace: Recorder, call: Call) -> Any:
+    """Pieces along a new dimension."""
     return _joined(trace, call, call["tensors"])
 
 
 @rule("hstack", "vstack", "column_stack", "dstack")
 def hstack(trace: Recorder, call: Call) -> Any:
+    """Pieces side by side, along the dimension that the name says."""
     return compact(call.func(_each_labels(trace, call, call["tensors"])))
 
 
@@ -241,5 +250,6 @@ def channel_shuffle(trace: Recorder, call: Call) -> Any:
 
 @rule("im2col")
 def im2col(trace: Recorder, call: Call) -> Any:
+    """Patches of pixels: each has the labels of its channel."""
     shadow = trace.activation(call, "self").double()
     return compact(call.func(**{**call.arguments, "self": shadow}).int())

@@ -25,6 +25,7 @@ def _tie_parameters(trace: Recorder, call: Call, labels: Tensor, names: tuple[st
 @rule("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
       "instance_norm")  # fmt: skip
 def batch_norm(trace: Recorder, call: Call) -> Any:
+    """Weight, bias and statistics go with the channel."""
     labels = trace.activation(call, "input")
     channels = along(trace, labels, 1)
     _tie_parameters(trace, call, channels, ("weight", "bias", "running_mean", "running_var"))
@@ -33,6 +34,7 @@ def batch_norm(trace: Recorder, call: Call) -> Any:
 
 @rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
 def layer_norm(trace: Recorder, call: Call) -> Any:
+    """Statistics over the last dimensions: over channels they are those of the kept ones."""
     labels = trace.activation(call, "input")
     dims = range(labels.dim() - len(call["normalized_shape"]), labels.dim())
     if len(dims) > 1:

@@ -18,6 +18,7 @@ from pruning_core.graph.trace.shadows import AxisLabels, Shadow, as_activation
 
 @rule("matmul", "mm", "bmm", "mv", "dot", "baddbmm", "addbmm")
 def matmul(trace: Recorder, call: Call) -> Any:
+    """A product written as letters, for ``product``."""
     left, right = ("batch1", "batch2") if "batch1" in call else ("self", "mat2" if "mat2" in call else "other")
     if "vec" in call:
         right = "vec"
@@ -37,6 +38,7 @@ def matmul(trace: Recorder, call: Call) -> Any:
 
 @rule("einsum")
 def einsum(trace: Recorder, call: Call) -> Any:
+    """Two operands; with more, all channels freeze."""
     tensors = call["tensors"]
     equation = str(call["equation"]).replace(" ", "")
     if len(tensors) != 2 or "->" not in equation:
@@ -53,6 +55,7 @@ def einsum(trace: Recorder, call: Call) -> Any:
 
 
 def product(trace: Recorder, call: Call, left: tuple[Tensor, str], right: tuple[Tensor, str], out: str) -> Any:
+    """A parameter times an activation, or two activations."""
     shadows = [call.shadows.get(id(tensor)) for tensor, _ in (left, right)]
     for i, (mine, other) in enumerate(((left, right), (right, left))):
         if isinstance(shadows[i], AxisLabels) and not isinstance(shadows[1 - i], AxisLabels):

@@ -60,6 +60,7 @@ for _spatial, _names in POOLS.items():
 
 @rule(*SOFTMAX.split())
 def softmax(trace: Recorder, call: Call) -> Any:
+    """Over positions nothing happens; over channels they freeze."""
     labels = trace.activation(call, "self")
     if varies(labels, call["dim"] % max(labels.dim(), 1)):
         trace.labels.freeze(labels, f"a {call.name.strip('_')} over channels")
@@ -69,6 +70,7 @@ def softmax(trace: Recorder, call: Call) -> Any:
 
 @rule(*SUMS.split())
 def reduction(trace: Recorder, call: Call) -> Any:
+    """Over positions channels stay as they are; over channels only norms leave them removable."""
     labels = trace.activation(call, "self")
     other = call.shadow("other")
     if isinstance(other, Tensor) or isinstance(call["other"], Tensor):
@@ -121,6 +123,7 @@ def _shaped(kept: Tensor, dims: list[int], call: Call) -> Any:
 
 @rule(*ORDERED.split())
 def ordered(trace: Recorder, call: Call) -> Any:
+    """Over channels a sort mixes them, so they freeze."""
     labels = trace.activation(call, "self")
     dim = call["dim"] if call["dim"] is not None else -1
     if varies(labels, dim % max(labels.dim(), 1)):

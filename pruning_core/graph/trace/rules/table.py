@@ -12,6 +12,8 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Registers a rule for operations, by name."""
+
     def register(function: Rule) -> Rule:
         for name in names:
             assert name not in RULES, name

@@ -42,6 +42,7 @@ def begin(trace: Recorder, call: Call, out: Tensor, bias: str = "bias") -> None:
 
 
 def fixed_weight(trace: Recorder, call: Call, *names: str) -> Any:
+    """A weight that is no parameter keeps its size: what meets it freezes."""
     for name in names:
         trace.freeze(call.shadow(name), "meets a weight that is no parameter")
     return None
@@ -49,6 +50,7 @@ def fixed_weight(trace: Recorder, call: Call, *names: str) -> Any:
 
 @rule("linear")
 def linear(trace: Recorder, call: Call) -> Any:
+    """``x @ weight.T + bias``: columns consume channels, rows make them."""
     weight = weight_of(trace, call)
     if weight is None:
         return fixed_weight(trace, call, "input", "weight", "bias")
@@ -79,6 +81,7 @@ def _apply(trace: Recorder, call: Call, source: str, taken: Tensor, given: Tenso
 @rule("conv1d", "conv2d", "conv3d", "convolution", "_convolution", "conv_transpose1d", "conv_transpose2d",
       "conv_transpose3d")  # fmt: skip
 def conv(trace: Recorder, call: Call) -> Any:
+    """Input channels are consumed, output channels made; kernel axes freeze."""
     weight = weight_of(trace, call)
     if weight is None:
         return fixed_weight(trace, call, "input", "weight", "bias")
@@ -138,6 +141,7 @@ def _grouped(trace: Recorder, taken: Tensor, first: Tensor, second: Tensor, grou
 
 @rule("embedding", "embedding_bag", "_embedding_bag")
 def embedding(trace: Recorder, call: Call) -> Any:
+    """Rows are looked up by number and freeze; columns make channels."""
     weight = weight_of(trace, call)
     if weight is None:
         return fixed_weight(trace, call, "weight", "indices")
@@ -151,6 +155,7 @@ def embedding(trace: Recorder, call: Call) -> Any:
 
 @rule("prelu", "_prelu_kernel")
 def prelu(trace: Recorder, call: Call) -> Any:
+    """A slope for each channel goes with it."""
     labels = trace.activation(call, "self")
     weight = call.shadow("weight")
     if isinstance(weight, AxisLabels) and call["weight"].numel() > 1:
@@ -220,6 +225,7 @@ def _states(call: Call, source: Tensor, common: list[Tensor]) -> list[Tensor]:
 
 @rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 def cell(trace: Recorder, call: Call) -> Any:
+    """One step of a recurrent layer: its states are tied to what it gives."""
     gates = {"lstm_cell": 4, "gru_cell": 3}.get(call.name, 1)
     names = ["w_ih", "w_hh", *[name for name in ("b_ih", "b_hh") if isinstance(call[name], Tensor)]]
     source = along(trace, trace.activation(call, "input"), -1)
