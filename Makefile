@@ -1,17 +1,23 @@
-# Everything runs in .venv, which is made from requirements.txt the first time and when that file changes.
-# uv makes it in seconds; where uv is missing, pip fetches it into a folder of its own.
+# Everything runs in .venv, which is made from requirements.txt and pyproject.toml the first time and when they change.
+# uv makes it in seconds; where uv is missing, pip fetches it into a folder of its own. Any installed Python in the range
+# of PYTHON does; `make clean` and PYTHON=3.13, or PYTHON=a/path/to/python, choose another one.
 VENV := .venv
 PY := $(VENV)/bin/python
+PYTHON := >=3.11,<3.15
 UV := $(shell command -v uv || echo .uv/bin/uv)
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: demo demo-text demo-qa quickstart test check fast format bench clean
+.PHONY: demo demo-text demo-qa quickstart test check fast wheel format bench clean
 .DEFAULT_GOAL := demo
 
-$(VENV)/.ready: requirements.txt
-	@test -x "$(UV)" || { python3 -m venv .uv && .uv/bin/pip install --quiet --disable-pip-version-check uv; }
-	$(UV) venv --quiet --clear --python 3.11 $(VENV)
-	$(UV) pip install --quiet --python $(PY) --requirement requirements.txt
+$(VENV)/.ready: requirements.txt pyproject.toml
+	@test -x "$(UV)" || python3 -m venv .uv >/dev/null 2>&1 || { rm -rf .uv; echo >&2 \
+		"python3 -m venv: does not work here; install Python 3.11 to 3.14 with venv (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
+	@test -x "$(UV)" || .uv/bin/pip install --quiet --disable-pip-version-check uv
+	@"$(UV)" python find --system "$(PYTHON)" >/dev/null 2>&1 || { echo >&2 \
+		"PYTHON: no installed Python is $(PYTHON); install Python 3.11, 3.12, 3.13 or 3.14, or give PYTHON=a/path/to/python"; exit 1; }
+	"$(UV)" venv --quiet --clear --python "$(PYTHON)" $(VENV)
+	"$(UV)" pip install --quiet --python $(PY) --requirement requirements.txt
 	@touch $@
 
 TRAIN := $(PY) -m torch.distributed.run --standalone --nproc_per_node 2 apps/yolov5/train_prune.py
@@ -54,11 +60,22 @@ test: $(VENV)/.ready  ## all tests, the slow ones too
 fast: $(VENV)/.ready  ## without the slow ones
 	$(PY) -m pytest -n 2 -m "not slow"
 
-check: $(VENV)/.ready  ## what CI runs: format, lint, types, all tests
+check: $(VENV)/.ready  ## what CI runs: format, lint, types, the wheel, all tests
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+	$(MAKE) wheel
 	$(MAKE) test
+
+# The versions of .venv are those that uv has at hand, which makes this a matter of seconds: torch is linked, not fetched.
+wheel: $(VENV)/.ready  ## a wheel in .wheel, installed with nothing but what it needs, prunes and slims a model
+	rm -rf build .wheel
+	"$(UV)" build --quiet --wheel --out-dir .wheel
+	"$(UV)" venv --quiet --python $(PY) .wheel/venv
+	"$(UV)" pip freeze --quiet --exclude-editable --python $(PY) > .wheel/constraints.txt
+	"$(UV)" pip install --quiet --python .wheel/venv/bin/python --constraint .wheel/constraints.txt .wheel/*.whl
+	.wheel/venv/bin/python -I .ci/smoke.py .wheel/*.whl
+	rm -rf build .wheel/venv
 
 format: $(VENV)/.ready
 	$(PY) -m ruff format .
@@ -68,4 +85,4 @@ bench: $(VENV)/.ready  ## cost of the engine beside AdamW.step
 	$(PY) -m benchmarks.engine
 
 clean:
-	rm -rf $(VENV) .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
+	rm -rf $(VENV) .uv .wheel build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs

@@ -1,7 +1,8 @@
 """Checkpoints that survive a kill and load without running code.
 
 ``save`` writes tensors and plain data to a temporary file beside the target, flushes it to the disk and renames it:
-at every moment the path holds the old file or the new one, whole. ``load`` is ``torch.load(weights_only=True)``.
+at every moment the path holds the complete old file or the complete new one. ``load`` is
+``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 LEFTOVER_SECONDS = 3600
 METHOD = "pruning_core"
-"""The ``quant_method`` under which a transformers config says that a model is packed, cut or both."""
+"""The ``quant_method`` that marks a packed or slim model in its transformers config."""
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -40,9 +41,8 @@ class _Write(Protocol):
 def write_atomically(path: str | Path, write: _Write) -> None:
     """Runs ``write(file)`` on a temporary file in the same folder, then renames it over ``path``.
 
-    A kill may leave the temporary file, ``.<name>.*.tmp``, behind; a later write takes it away when it is an hour old.
-    The new file's permissions follow the umask. Where
-    ``path`` is a symbolic link, the file takes the link's place and what the link pointed to stays as it is.
+    A killed process may leave ``.<name>.*.tmp`` behind; a later write removes it once it is an hour old. Permissions
+    follow the umask. A symbolic link at ``path`` is replaced by the file; the file that it points to does not change.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def write_atomically(path: str | Path, write: _Write) -> None:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """A run that is killed again and again must not fill the disk; a fresh temporary file may have a live writer."""
+    """Removes temporary files of killed runs; a recent one may have a live writer and stays."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
@@ -76,7 +76,7 @@ def _umask() -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself durable, on systems that can open a folder."""
+    """Flushes the folder entry, so that the rename is durable; POSIX only."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -87,7 +87,13 @@ def _sync_folder(folder: Path) -> None:
 
 
 def save(state: dict[str, Any], path: str | Path) -> None:
-    """Saves a dict of tensors and plain data: numbers, strings, lists, tuples and dicts, nested."""
+    """Writes a dict of tensors and plain data to ``path``, atomically; missing folders are made.
+
+    Plain data are None, booleans, numbers, strings, bytes, and nested lists, tuples and dicts of them. Parameters are
+    saved as tensors, NumPy scalars as numbers. Anything else is a CheckpointError that says where it is.
+
+    >>> save({"model": model.state_dict(), "pruner": pruner.state_dict()}, "run.pt")
+    """
     if not isinstance(state, dict):
         raise CheckpointError(f"checkpoint: must be a dict, got {type(state).__name__}; save state dicts, not objects")
     try:
@@ -98,7 +104,7 @@ def save(state: dict[str, Any], path: str | Path) -> None:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """A copy made of tensors and plain data only, or CheckpointError naming the first thing that is neither."""
+    """A copy of tensors and plain data only; CheckpointError naming the first value that is neither."""
     if type(value) in (Tensor, torch.nn.Parameter):
         return value.detach()
     if isinstance(value, Tensor) and type(value) in torch.serialization.get_safe_globals():  # DTensor
@@ -127,7 +133,7 @@ def _key(key: Any, where: str) -> Any:
 
 @contextlib.contextmanager
 def readable(path: str | Path) -> Iterator[None]:
-    """What the system says of a file that is read inside, as CheckpointError."""
+    """Turns an OSError inside the ``with`` block into a CheckpointError."""
     try:
         yield
     except FileNotFoundError:
@@ -139,7 +145,10 @@ def readable(path: str | Path) -> Iterator[None]:
 
 
 def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Loads what ``save`` wrote. Files that hold pickled objects are refused, never run."""
+    """The dict that ``save`` wrote, tensors on ``map_location``.
+
+    A file with pickled objects is a CheckpointError and is not executed; so is a damaged file.
+    """
     path = Path(path)
     try:
         with readable(path), warnings.catch_warnings():
@@ -155,7 +164,7 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
 
 
 def _why_not(error: Exception) -> str:
-    """torch.load's error, which may be a page of advice to switch the safety off, as one line."""
+    """The error of ``torch.load`` on one line, without its advice to turn ``weights_only`` off."""
     asked_for = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
     if asked_for:
         return f"holds an object, {asked_for[1]}, and was not loaded; save state dicts, not objects"
@@ -165,7 +174,7 @@ def _why_not(error: Exception) -> str:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every random generator that training draws from: Python, NumPy, torch, CUDA. Plain data."""
+    """The states of the random generators of Python, NumPy, torch and CUDA, as tensors and plain data."""
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
@@ -177,7 +186,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def load_rng_state(state: dict[str, Any]) -> None:
-    """Puts every random generator back to where ``rng_state`` found it."""
+    """Restores what ``rng_state`` returned; CheckpointError when the number of CUDA devices differs."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]

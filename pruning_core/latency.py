@@ -12,7 +12,7 @@ Timed = Callable[[], object]
 
 
 def relative_latency(run: Timed, baseline: Timed, repeats: int = 9, warmup: int = 2) -> float:
-    """``median(time(run) / time(baseline))`` over calls that alternate, so that a busy machine slows both alike."""
+    """``median(time(run) / time(baseline))`` over alternating calls, so that load on the machine affects both alike."""
     for _ in range(warmup):
         run()
         baseline()

@@ -29,7 +29,7 @@ Shape = Sequence[int]
 
 
 class Region(NamedTuple):
-    """A (G, O, K, I) weight: its whole shape, how far a unit reaches, the shape that is here and where it starts."""
+    """The part of a (G, O, K, I) weight that is here: whole shape, extents of a unit, local shape, first index."""
 
     shape: tuple[int, ...]
     extents: tuple[int, ...]
@@ -46,7 +46,7 @@ class Pattern(ABC):
     @classmethod
     @abstractmethod
     def parse(cls, text: str) -> Self | None:
-        """The pattern that ``text`` spells, None when it spells another kind, ValueError when it is malformed."""
+        """The pattern that ``text`` spells; None when it spells another kind, ValueError when it is malformed."""
 
     @property
     def max_sparsity(self) -> float:
@@ -91,7 +91,13 @@ PATTERNS: Registry[Pattern] = Registry("pattern")
 
 
 def parse_pattern(text: str) -> Pattern:
-    """``4x1``, ``2:4``, ``1xchannel`` ...; ``oc_pattern_4x1`` and ``tile_pattern_4x1`` mean ``4x1``."""
+    """The pattern that ``text`` spells: ``4x1``, ``1xchannel``, ``2:4``. ValueError for anything else.
+
+    ``oc_pattern_4x1`` and ``tile_pattern_4x1`` mean ``4x1``.
+
+    >>> parse_pattern("2:4").max_sparsity
+    0.5
+    """
     core = re.sub(r"^\w*pattern_", "", text)
     for name in PATTERNS:
         pattern = PATTERNS[name].parse(core)
@@ -110,7 +116,7 @@ def axis_units(length: int, extent: int) -> list[int]:
 
 
 def _split(x: Tensor, axis: int, extent: int, start: int, reduce: Reduce) -> Tensor:
-    """One axis -> (units, extent); where a unit reaches over the ends of ``x`` stands what ``reduce`` ignores."""
+    """One axis -> (units, extent); where an edge unit reaches past ``x``, the neutral element of ``reduce``."""
     lead = start % extent
     tail = -(lead + x.shape[axis]) % extent
     if lead or tail:
@@ -140,6 +146,7 @@ class Block(Pattern):
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
+        """``NxM``, ``1xchannel`` or ``channelx1``; None for other text."""
         if text == "1xchannel":
             return cls(1, None)
         if text == "channelx1":
@@ -157,15 +164,18 @@ class Block(Pattern):
 
     @property
     def folds_linearly(self) -> bool:
+        """True: the fold is a sum over the block."""
         return True
 
     def extents(self, shape: Shape) -> tuple[int, int, int, int]:
+        """``(1, N, 1, M)``, clipped to the weight; a channel spans K and the other channel axis."""
         _, O, K, I = shape  # noqa: E741
         if self.out_channels is None or self.in_channels is None:
             return 1, self.out_channels or O, K, self.in_channels or I
         return 1, min(self.out_channels, O), 1, min(self.in_channels, I)
 
     def fold(self, score: Tensor, region: Region, reduce: Reduce) -> Tensor:
+        """Sums (or maxima) over the blocks."""
         for axis, extent in enumerate(region.extents):
             if extent == 1:
                 continue
@@ -176,6 +186,7 @@ class Block(Pattern):
         return score
 
     def spread(self, keep: Tensor, score: Tensor | None, region: Region) -> Tensor:
+        """Repeats each unit's verdict over its weights; ``score`` is not used."""
         return self.stretch(keep, region)
 
     def stretch(self, values: Tensor, region: Region) -> Tensor:
@@ -193,7 +204,8 @@ class Block(Pattern):
         return values
 
     def alive(self, kept: Tensor, region: Region) -> Tensor:
-        # A unit is cut as a whole, so its first weight speaks for it.
+        """The first weight of each block: blocks are cut whole."""
+        # A unit is cut as a whole, so its first weight tells.
         for axis, extent in enumerate(region.extents):
             lead = region.start[axis] % extent
             if extent == 1:
@@ -208,6 +220,7 @@ class Block(Pattern):
         return kept != 0
 
     def sizes(self, region: Region) -> int | Tensor:
+        """``N * M`` where the blocks divide the weight, else an int64 grid."""
         axes = list(zip(region.shape, region.extents, strict=True))
         if all(length % extent == 0 for length, extent in axes):
             return math.prod(region.extents)
@@ -232,6 +245,7 @@ class NinM(Pattern):
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
+        """``N:M`` with ``0 < N < M``; None for other text."""
         match = re.fullmatch(r"(\d+):(\d+)", text)
         if match is None:
             return None
@@ -245,14 +259,17 @@ class NinM(Pattern):
 
     @property
     def max_sparsity(self) -> float:
+        """``1 - N/M``."""
         return 1 - self.kept / self.of
 
     def unfit(self, shape: Shape) -> str | None:
+        """The input channels must be a multiple of M."""
         if shape[3] % self.of:
             return f"its {shape[3]} input channels are not a multiple of {self.of}"
         return None
 
     def extents(self, shape: Shape) -> tuple[int, int, int, int]:
+        """``(1, 1, 1, M)``."""
         return 1, 1, 1, self.of
 
     def _loses(self, groups: Tensor) -> Tensor:
@@ -271,6 +288,7 @@ class NinM(Pattern):
         return torch.stack([rank < self.of - self.kept for rank in ranks], dim=-1)
 
     def fold(self, score: Tensor, region: Region, reduce: Reduce) -> Tensor:
+        """The sum (or maximum) of the M - N lowest scores of each group: what cutting it loses."""
         groups = score.unflatten(3, (-1, self.of))
         loses = self._loses(groups)
         if reduce == "max":
@@ -278,12 +296,15 @@ class NinM(Pattern):
         return (groups * loses).sum(-1)
 
     def spread(self, keep: Tensor, score: Tensor | None, region: Region) -> Tensor:
+        """Kept groups stay whole; each cut group keeps its N highest scores, ties by index."""
         assert score is not None
         loses = self._loses(score.unflatten(3, (-1, self.of)))
         return (keep.unsqueeze(-1) | ~loses).flatten(3)
 
     def alive(self, kept: Tensor, region: Region) -> Tensor:
+        """Groups with more than N kept weights."""
         return (kept != 0).unflatten(3, (-1, self.of)).sum(-1, dtype=torch.int16) > self.kept
 
     def sizes(self, region: Region) -> int | Tensor:
+        """``M - N``."""
         return self.of - self.kept

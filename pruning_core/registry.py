@@ -1,4 +1,4 @@
-"""A name -> class table that answers a wrong name with the right one."""
+"""A table of classes by name that suggests the right name for a wrong one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def did_you_mean(wrong: object, known: Iterable[str]) -> str:
-    """``"did you mean 'x'?"`` when something close is known, else the list of what is known."""
+    """``"did you mean 'x'?"`` for a close match, else the list of known names."""
     known = list(known)
     close = difflib.get_close_matches(str(wrong), known, n=1)
     if close:
@@ -20,13 +20,18 @@ def did_you_mean(wrong: object, known: Iterable[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """The kinds of one concept. A new kind is one class and one ``@TABLE.add("name")`` line."""
+    """The classes of one concept by name: ``TABLE["name"]``; ValueError with a suggestion for an unknown name.
+
+    A new kind is one class and one ``@TABLE.add("name")`` line.
+    """
 
     def __init__(self, concept: str) -> None:
         self.concept = concept
         self._kinds: dict[str, type[T]] = {}
 
     def add(self, name: str) -> Callable[[type[T]], type[T]]:
+        """Class decorator: registers the class under ``name``; ValueError when the name is taken."""
+
         def register(kind: type[T]) -> type[T]:
             if name in self._kinds:
                 raise ValueError(f"{name}: this {self.concept} is registered already; choose another name")
@@ -36,7 +41,7 @@ class Registry(Generic[T]):
         return register
 
     def remove(self, name: str) -> None:
-        """Takes a kind out again (for tests and plug-ins that unload)."""
+        """Unregisters a name (for tests and plug-ins that unload)."""
         del self._kinds[name]
 
     def __getitem__(self, name: str) -> type[T]:

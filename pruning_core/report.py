@@ -1,4 +1,4 @@
-"""One reporting engine: tables as text, Markdown and plain data, pictures, and files written whole."""
+"""Reports: text and Markdown tables, JSON, bar charts; files are written atomically."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pruning_core.checkpoint import write_atomically
 
 
 def text_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[str] = (), indent: str = "") -> str:
-    """Aligned rows under a head line; the columns named in ``right`` to the right, empty columns left out."""
+    """Aligned rows under a header line.
+
+    Columns named in ``right`` are aligned to the right; columns without any text are left out.
+    """
     padded = []
     for name, *cells in zip(head, *rows, strict=True):
         if any(cells) or len(head) == 1:
@@ -21,12 +24,13 @@ def text_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Iterab
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; ``|`` in cells is escaped."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def plain(value: Any) -> Any:
-    """As JSON has it: numbers and arrays of any library as numbers and lists, what is left as text."""
+    """``value`` ready for JSON: tensors, arrays and NumPy scalars as lists and numbers, anything else as text."""
     if isinstance(value, dict):
         return {str(name): plain(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -37,35 +41,37 @@ def plain(value: Any) -> Any:
 
 
 class Report:
-    """What every report can do: ``print`` it, ``to_dict``, ``save_json``, ``save_markdown``, ``plot``."""
+    """Base class of reports: ``print`` it, ``to_dict``, ``save_json``, ``save_markdown``, ``plot``."""
 
     title = "Report"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data (JSON)."""
+        """The report as plain data, ready for JSON."""
         raise NotImplementedError
 
     def draw(self, bars: Bars) -> None:
+        """Adds the bars of the report to ``bars``."""
         raise NotImplementedError
 
     def save_json(self, path: str | Path) -> None:
+        """Writes ``to_dict()`` as indented JSON."""
         text = json.dumps(self.to_dict(), indent=2) + "\n"
         write_atomically(path, lambda file: file.write(text.encode()))
 
     def save_markdown(self, path: str | Path) -> None:
-        """The report as it is printed, in a code block: it renders everywhere."""
+        """Writes the report as it is printed, in a Markdown code block."""
         text = f"# {self.title}\n\n```text\n{self}\n```\n"
         write_atomically(path, lambda file: file.write(text.encode()))
 
     def plot(self, path: str | Path) -> None:
-        """A bar per layer; the file's ending says the format (png where it has none)."""
+        """Writes a chart with a bar per layer; the suffix of ``path`` is the format (default png). Needs matplotlib."""
         bars = Bars()
         self.draw(bars)
         save_figure(bars.finish, path, height=min(1.6 + 0.2 * len(bars.names), 500))
 
 
 class Bars:
-    """Horizontal bars, a line for each layer: what a report draws is collected here, and drawn in one style."""
+    """A chart of horizontal bars, one line per layer: filled by ``Report.draw``, drawn by ``finish``."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -75,16 +81,17 @@ class Bars:
         self._calls: list[Callable[[Any], object]] = []
 
     def add(self, first: int, values: Sequence[float], color: str, label: str | None = None) -> None:
-        """Bars from line ``first`` on."""
+        """Bars on the lines from ``first`` on."""
         places = range(first, first + len(values))
         self._calls.append(lambda axes: axes.barh(places, values, color=color, height=0.8, label=label))
 
     def mark(self, first: int, count: int, value: float) -> None:
-        """A black line across ``count`` bars, at a value that was asked for."""
+        """A black vertical line at ``value`` across ``count`` bars."""
         low, high = first - 0.45, first + count - 0.55
         self._calls.append(lambda axes: axes.vlines(value, low, high, color="black", linewidth=1.2))
 
     def finish(self, figure: Any) -> None:
+        """Draws everything on a matplotlib figure."""
         axes = figure.subplots()
         for call in self._calls:
             call(axes)
@@ -104,7 +111,7 @@ class Bars:
 
 
 def save_figure(draw: Callable[[Any], object], path: str | Path, *, width: float = 8, height: float = 6) -> None:
-    """Draws on a matplotlib figure of so many inches and writes it whole."""
+    """Runs ``draw(figure)`` on a matplotlib figure of ``width`` by ``height`` inches and writes it."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Names and types -> targets: the weights that take part, and how each is read as (G, O, K, I)."""
+"""Selects the weights that take part by layer name and type, and reads each as (G, O, K, I)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLASSES = (
 
 @dataclass(frozen=True)
 class Layout:
-    """How a stored weight reads as (G, O, K, I): groups, output channels, kernel positions, input channels.
+    """Reads a stored weight as (G, O, K, I): groups, output channels, kernel positions, input channels.
 
     ``in_first``: the input channels are the first stored axis (transposed convolutions, ``transformers`` Conv1D).
     """
@@ -30,7 +30,7 @@ class Layout:
     in_first: bool = False
 
     def view(self, weight: Tensor) -> Tensor:
-        """(G*O, I, *kernel) or (G*I, O, *kernel) -> (G, O, K, I); a view wherever the strides allow one."""
+        """``(G*O, I, *kernel)`` or ``(G*I, O, *kernel)`` -> (G, O, K, I); a view where the strides allow one."""
         grouped = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
         grouped = grouped.unflatten(0, (self.groups, grouped.shape[0] // self.groups))
         return grouped.permute(0, 2, 3, 1) if self.in_first else grouped.permute(0, 1, 3, 2)
@@ -40,10 +40,11 @@ class Layout:
         return self.stored_order(x_GOKI).reshape(tuple(shape))
 
     def stored_order(self, x_GOKI: Tensor) -> Tensor:
-        """(G, O, K, I) or a unit grid in the order in which the weight is stored; ties between units go by it."""
+        """(G, O, K, I) or a unit grid, permuted to storage order; ties between units are broken in this order."""
         return x_GOKI.permute(0, 3, 1, 2) if self.in_first else x_GOKI.permute(0, 1, 3, 2)
 
     def from_stored_order(self, x: Tensor) -> Tensor:
+        """The inverse of ``stored_order``."""
         return x.permute(0, 2, 3, 1) if self.in_first else x.permute(0, 1, 3, 2)
 
     def shape(self, stored: Sequence[int]) -> tuple[int, int, int, int]:
@@ -58,7 +59,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Target:
-    """One weight that takes part: ``layer`` is its ``named_modules()`` name, ``attribute`` the parameter's name."""
+    """One weight that takes part: parameter ``attribute`` of the layer that ``named_modules()`` calls ``layer``."""
 
     layer: str
     attribute: str
@@ -72,6 +73,7 @@ class Target:
 
     @property
     def parameter(self) -> Tensor:
+        """The parameter, read from the module at each access."""
         return getattr(self.module, self.attribute)
 
 
@@ -85,18 +87,18 @@ class Skipped:
 
 
 def is_transformers_conv1d(module: nn.Module) -> bool:
-    """By name, so that `transformers` need not be installed."""
+    """Whether this is ``transformers`` Conv1D. Decided by name, so that ``transformers`` need not be installed."""
     return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
 
 
 def kind_of(module: nn.Module) -> str:
-    """The name of its class; the class that ``fully_shard`` puts before it does not count."""
+    """The name of the module's class; the ``FSDPModule`` class that ``fully_shard`` puts before it is skipped."""
     first, *others = (each.__name__ for each in type(module).__mro__)
     return others[1] if others[0] == "FSDPModule" else first
 
 
 def family(module: nn.Module) -> str | None:
-    """One of "Conv" and "Linear", or None for a module without weights that can be pruned."""
+    """ "Conv" or "Linear"; None for a module without prunable weights."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return "Conv"
     if isinstance(module, nn.Linear | nn.MultiheadAttention) or is_transformers_conv1d(module):
@@ -105,7 +107,7 @@ def family(module: nn.Module) -> str | None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model below DistributedDataParallel, DataParallel, AveragedModel and torch.compile: names have no prefix."""
+    """The model inside DistributedDataParallel, DataParallel, AveragedModel or ``torch.compile``: its own names."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel | AveragedModel):
             model = model.module
@@ -116,9 +118,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def targets_of(layer: str, module: nn.Module) -> list[Target]:
-    """The weights of one layer: one, or the three input projections of an attention with own key and value sizes."""
+    """The weights of one layer: one, or three for an attention with separate query, key and value projections."""
     if isinstance(module, nn.MultiheadAttention):
-        if module.in_proj_weight is not None:  # query, key and value stacked: no block reaches from one into the next
+        if module.in_proj_weight is not None:  # query, key and value stacked: no block spans two of them
             return [Target(layer, "in_proj_weight", module, Layout(groups=3))]
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         return [Target(layer, name, module, Layout()) for name in names]
@@ -143,10 +145,14 @@ def unfit(target: Target) -> str | None:
 
 @dataclass(frozen=True)
 class Selector:
-    """Which layers take part. ``where`` prefixes its messages, as ``pruning_configs[0]``.
+    """Selects layers by name and type.
 
-    ``op_names``: regular expressions (``re.search``), empty for all; ``excluded``: those that do not; ``op_types``:
-    "Conv", "Linear", or class names.
+    - ``op_names``: regular expressions (``re.search``) of the layers that take part; empty for all.
+    - ``excluded``: regular expressions of the layers that stay dense.
+    - ``op_types``: "Conv", "Linear", or class names.
+    - ``where``: what error messages begin with, such as ``pruning_configs[0]``.
+
+    >>> targets, skipped = Selector("", [], ["classifier"], ["Linear"]).select(model)
     """
 
     where: str
@@ -156,17 +162,18 @@ class Selector:
 
     @property
     def prefix(self) -> str:
+        """``where`` and a dot, or an empty string."""
         return f"{self.where}." if self.where else ""
 
     def why_not(self, layer: str) -> str | None:
-        """Why a layer of the right type does not take part, or None."""
+        """Why a layer of a selected type does not take part, or None."""
         if self.op_names and not any(re.search(pattern, layer) for pattern in self.op_names):
             return "not among op_names"
         hit = next((pattern for pattern in self.excluded if re.search(pattern, layer)), None)
         return None if hit is None else f"excluded by {hit!r}"
 
     def check(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """The layers of the right types; ValueError for a type or name that the model lacks."""
+        """The candidates. ValueError for a type or name the model lacks; warns of an exclusion that matches nothing."""
         candidates = list(self.candidates(model))
         self._check_types(model)
         self._check_names([layer for layer, _ in candidates])
@@ -174,13 +181,14 @@ class Selector:
         return candidates
 
     def candidates(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """(name, module) of each layer of a selected type, whatever its name."""
         for layer, module in model.named_modules():
             kind = family(module)
             if kind is not None and (kind in self.op_types or kind_of(module) in self.op_types):
                 yield layer, module
 
     def select(self, model: nn.Module) -> tuple[list[Target], list[Skipped]]:
-        """Targets in ``named_modules()`` order, and the layers of the right type that stay dense, with reasons."""
+        """Targets in ``named_modules()`` order, and the layers of a selected type that stay dense, with reasons."""
         targets: list[Target] = []
         skipped: list[Skipped] = []
         for layer, module in self.check(model):
@@ -199,13 +207,13 @@ class Selector:
         return targets, skipped
 
     def skip(self, target: Target, reason: str, skipped: list[Skipped]) -> None:
-        """Leaves a layer dense and says so; refuses where the layer was asked for by name."""
+        """Leaves a layer dense and appends the reason; ValueError where ``op_names`` names the layer explicitly."""
         if self.names_explicitly(target.layer):
             raise ValueError(f"{self.where}: {target.layer} cannot be pruned: {reason}; take it out of op_names")
         skipped.append(Skipped(target.layer, kind_of(target.module), reason))
 
     def names_explicitly(self, layer: str) -> bool:
-        """True when an op_names entry means this one layer: its whole name, anchored or not."""
+        """Whether an ``op_names`` entry is the whole name of this layer, anchored or not."""
         names = [pattern.lstrip("^").rstrip("$") for pattern in self.op_names]
         return any(layer in (name, re.sub(r"\\(\W)", r"\1", name)) for name in names)
 

@@ -1,7 +1,7 @@
-"""Reads a YAML mapping that may come from anywhere: bounded, without objects, without duplicate keys.
+"""Reads a YAML mapping from an untrusted file: bounded size and depth, no objects, no aliases, no duplicate keys.
 
-``!Pruner`` (a mapping in Neural Compressor's files) is the only tag. Plain text is read as YAML 1.2 has it, so that an
-unquoted ``2:4`` is a pattern (not 124, as in YAML 1.1) and ``1e-4`` a number (not text).
+``!Pruner`` (a mapping in Neural Compressor's files) is the only tag. Scalars are read as in YAML 1.2: an unquoted
+``2:4`` is a string (in YAML 1.1 the number 124) and ``1e-4`` a number (in YAML 1.1 a string).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NUMBERS_AND_SUCH = {
         "-+.0123456789",
     ),
 }
-"""What plain text may mean apart from itself: kind -> (the whole text, its first characters)."""
+"""Implicit types of unquoted scalars: type -> (regular expression of the whole text, its first characters)."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -61,7 +61,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"\Z"), [""])
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; ValueError naming the file and the line for everything else."""
+    """The mapping in a YAML file; ValueError with file and line for anything else."""
     path = Path(path)
     try:
         with path.open("rb") as file:
@@ -92,7 +92,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
 
 def _check_size(path: Path, text: str) -> None:
-    """Counts the parser's flat events, before anything nested is built."""
+    """Bounds depth and length on the parser's event stream, before any node is built."""
     depth = 0
     for nodes, event in enumerate(yaml.parse(text, _Loader)):
         if isinstance(event, yaml.CollectionStartEvent):

@@ -1,4 +1,4 @@
-"""What a student may learn from a teacher: losses on plain tensors; no model is known here."""
+"""Distillation losses on plain tensors; no model class is known here."""
 
 from pruning_core.distillation.detections import DetectionDistillation, Detections
 from pruning_core.distillation.divergences import DISTILLATIONS, Distillation

@@ -1,4 +1,4 @@
-"""Distillation for anchor-free detection heads: the maths on plain tensors; no detector is known here."""
+"""Distillation for anchor-free detection heads, on plain tensors; no detector class is known here."""
 
 from __future__ import annotations
 
@@ -15,22 +15,29 @@ _SIDES = 4
 
 
 class Detections(NamedTuple):
-    """What a head gives for B images at A points, before any sigmoid or softmax."""
+    """Raw outputs of a head for B images at A points, before sigmoid and softmax."""
 
     scores: Tensor  # (B, C, A)
-    bins: Tensor  # (B, 4 R, A), side by side as DFL heads give them: reads as (B, 4, R, A)
-    features: Sequence[Tensor] = ()  # (B, C_l, H_l, W_l) per level, in the order of the points; A = sum of H_l W_l
+    bins: Tensor  # (B, 4 R, A), R distance bins per side, as DFL heads give them: (B, 4, R, A) flattened
+    features: Sequence[Tensor] = ()  # (B, C_l, H_l, W_l) per level in the order of the points; A = sum H_l W_l
 
 
 class DetectionDistillation(Losses):
-    """``sum_a w_a d_a / sum_a w_a`` over all points of the batch, for each term ``d`` of (B, A).
+    """``sum_a w_a d_a / sum_a w_a`` over all points of the batch, for each term ``d`` of shape (B, A).
 
-    ``w = max_c sigmoid(t_c)``: a point counts as much as the teacher is sure of it. Without the weight the background,
-    nearly all points of an image, is most of the loss.
+    ``w = max_c sigmoid(t_c)`` is the teacher's confidence. Without it the background, nearly all points of an image,
+    would be most of the loss. ``kind``: "l2" or "kl"; ``temperature``: of "kl"; ``feature_weight``: 0 for no feature
+    term.
+
+    >>> losses = DetectionDistillation(kind="kl")(student, teacher)  # two Detections
+    >>> sum(losses.values()).backward()
     """
 
     def __call__(self, student: Detections, teacher: Detections) -> dict[str, Tensor]:
-        """The scalars ``cls`` and ``box``, and ``feature`` times its weight when that is above 0."""
+        """The scalars ``cls`` and ``box``, and the weighted ``feature`` when ``feature_weight`` is above 0.
+
+        The teacher gets no gradient. ValueError where the shapes of student and teacher differ.
+        """
         _check_head(student, teacher)
         student_scores, teacher_scores = wide(student.scores), wide(teacher.scores).detach()
         student_bins, teacher_bins = _by_side(wide(student.bins)), _by_side(wide(teacher.bins).detach())
@@ -51,7 +58,7 @@ def _by_side(bins: Tensor) -> Tensor:
 
 
 def _feature_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """``mean_c (s - t)^2 / mean(t^2)``, the latter over the level: has no unit. Levels -> (B, A)."""
+    """Levels -> (B, A): ``mean_c (s - t)^2 / mean(t^2)``, the denominator over the whole level; scale-free."""
     points = []
     for s, t in zip(student, teacher, strict=True):
         s, t = wide(s), wide(t).detach()

@@ -1,4 +1,4 @@
-"""How far a student's outputs are from a teacher's. A kind is one class and one registry line."""
+"""Divergences of a student's outputs from a teacher's. A kind is one class and one registry line."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pruning_core.registry import Registry
 
-# One point with the teacher's logit at -10 already weighs 4.5e-5: only a teacher that sees nothing at all comes below
-# this, and then the loss fades to 0 instead of being 0 / 0. A level of teacher features all zero is caught likewise.
+# Lower bound of denominators, against 0 / 0 where teacher scores or features vanish. One point with a teacher logit of
+# -10 already weighs 4.5e-5, so only a teacher without any detection comes below it; its loss fades to 0.
 EPS = 1e-6
 
 
 class Distillation(ABC):
-    """How far the student is from the teacher at each point; 0 and without gradient where they are equal.
+    """Divergence of student from teacher at each point; value and gradient are 0 where they are equal.
 
-    Both are logits, at least float32, and the teacher's carry no gradient.
+    Both are logits in at least float32; the teacher's carry no gradient.
     """
 
     @abstractmethod
     def scores(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """(B, C, A), one sigmoid per class -> (B, A), summed over the classes."""
+        """(B, C, A) logits, one sigmoid per class -> (B, A), summed over the classes."""
 
     @abstractmethod
     def bins(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """(B, S, R, A), one softmax over the R distance bins of each side -> (B, A), the mean of the S sides."""
+        """(B, S, R, A) logits, one softmax over the R distance bins of each side -> (B, A), the mean of the S sides."""
 
     @abstractmethod
     def classes(self, student: Tensor, teacher: Tensor, temperature: float, counts: Tensor) -> Tensor:
-        """(B, C), one softmax over the classes, or over the positions of a span -> (B,).
+        """(B, C) logits, one softmax over classes or over span positions -> (B,).
 
-        ``counts``, bool (B, C): the others take no part, as the padding of a sequence. One at least in each row.
+        ``counts``: bool (B, C); False entries (padding) take no part. Each row has at least one True.
         """
 
 
@@ -43,7 +43,7 @@ DISTILLATIONS: Registry[Distillation] = Registry("distillation")
 
 @DISTILLATIONS.add("l2")
 class L2(Distillation):
-    """Squared differences of what the head means; the temperature is not used."""
+    """Squared differences of probabilities, expected distances or logits; the temperature is not used."""
 
     def scores(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """``sum_c (sigmoid(s_c) - sigmoid(t_c))^2``."""
@@ -55,22 +55,22 @@ class L2(Distillation):
         return ((student.softmax(2) - teacher.softmax(2)) * distance).sum(2).square().mean(1)
 
     def classes(self, student: Tensor, teacher: Tensor, temperature: float, counts: Tensor) -> Tensor:
-        """``mean_c (s_c - t_c)^2`` of the logits themselves, so that it serves a regression too."""
+        """``mean_c (s_c - t_c)^2`` of the logits, which serves regression as well."""
         return ((student - teacher).square() * counts).sum(1) / counts.sum(1)
 
 
 @DISTILLATIONS.add("kl")
 class KL(Distillation):
-    """``T^2 KL(teacher || student)`` of logits / T (Hinton et al. 2015, arXiv:1503.02531).
+    """``T^2 KL(teacher || student)`` of ``logits / T`` (Hinton et al. 2015, arXiv:1503.02531).
 
-    The gradient of the KL alone falls with ``1 / T^2``.
+    ``T^2`` makes up for the gradient of the KL, which falls with ``1 / T^2``.
 
-    All are written so that the gradient is the student's probability less the teacher's, each from the same
-    operations: it is exactly 0 at equality, which the textbook form with two logarithms misses by rounding.
+    The gradient is computed as the student's probability minus the teacher's, both from the same operations: it is
+    exactly 0 at equality, which the textbook form with two logarithms misses by rounding.
     """
 
     def scores(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """``T^2 sum_c KL(Bernoulli(sigmoid(t_c / T)) || Bernoulli(sigmoid(s_c / T)))``: cross entropy less entropy."""
+        """``T^2 sum_c KL(Bernoulli(sigmoid(t_c / T)) || Bernoulli(sigmoid(s_c / T)))``: cross entropy minus entropy."""
         s, t = student / temperature, teacher / temperature
         p = t.sigmoid()
         crossed = binary_cross_entropy_with_logits(s, p, reduction="none")
@@ -96,7 +96,7 @@ def _softmax_kl(s: Tensor, t: Tensor, dim: int) -> Tensor:
 
 
 class Losses:
-    """What a distillation is made with: the kind, the temperature of kl, and the weight of a feature term."""
+    """Options of a distillation: ``kind`` of divergence, ``temperature`` of kl, ``feature_weight`` (0: no term)."""
 
     def __init__(self, *, kind: str, temperature: float = 2.0, feature_weight: float = 0.0) -> None:
         try:
@@ -113,5 +113,5 @@ class Losses:
 
 
 def wide(x: Tensor) -> Tensor:
-    """Autocast hands over half precision, in which squares overflow and small differences are lost."""
+    """Casts to at least float32: in half precision, as from autocast, squares overflow and small differences vanish."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

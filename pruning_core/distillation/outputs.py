@@ -1,4 +1,4 @@
-"""Distillation for heads that give logits over classes, or over the positions where a span starts and ends."""
+"""Distillation for logits over classes, or over the positions where a span starts and ends."""
 
 from __future__ import annotations
 
@@ -12,19 +12,29 @@ from pruning_core.distillation.divergences import EPS, Losses, wide
 
 
 class Outputs(NamedTuple):
-    """What a model gives for B inputs of L tokens, before any softmax."""
+    """Raw outputs of a model for B inputs of L tokens, before softmax."""
 
-    logits: Sequence[Tensor]  # (B, C) per head: one for a class, two for the start and the end of a span
+    logits: Sequence[Tensor]  # (B, C) per head: one for classes, two for start and end of a span
     counts: Tensor | None = None  # bool (B, C): classes or positions that take part; None: all
-    features: Sequence[Tensor] = ()  # (B, L, D) per layer: the hidden states
-    tokens: Tensor | None = None  # bool (B, L): tokens that are no padding; None: all
+    features: Sequence[Tensor] = ()  # (B, L, D) hidden states per layer
+    tokens: Tensor | None = None  # bool (B, L): tokens that are not padding; None: all
 
 
 class LogitDistillation(Losses):
-    """The mean over the batch and the heads, for each term."""
+    """The mean over batch and heads of the divergence of class or span logits, and of hidden states.
+
+    ``kind``: "l2" or "kl"; ``temperature``: of "kl"; ``feature_weight``: 0 for no feature term.
+
+    >>> student, teacher = Outputs([torch.randn(8, 3)]), Outputs([torch.randn(8, 3)])
+    >>> LogitDistillation(kind="kl", temperature=4.0)(student, teacher)["logits"].shape
+    torch.Size([])
+    """
 
     def __call__(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
-        """The scalar ``logits``, and ``feature`` times its weight when that is above 0."""
+        """The scalar ``logits``, and the weighted ``feature`` when ``feature_weight`` is above 0.
+
+        The teacher gets no gradient. ``counts`` and ``tokens`` are read from the student.
+        """
         _check("logits", student.logits, teacher.logits, 2, "use a teacher with the same classes and positions")
         terms = []
         for s, t in zip(student.logits, teacher.logits, strict=True):
@@ -40,7 +50,7 @@ class LogitDistillation(Losses):
 
 
 def _feature_error(student: Sequence[Tensor], teacher: Sequence[Tensor], tokens: Tensor | None) -> Tensor:
-    """``mean_layers sum (s - t)^2 / sum t^2`` over the tokens that are no padding: has no unit."""
+    """``mean_layers sum (s - t)^2 / sum t^2`` over the tokens that are not padding; scale-free."""
     errors = []
     for s, t in zip(student, teacher, strict=True):
         s, t = wide(s), wide(t).detach()

@@ -1,3 +1,3 @@
-"""Wing 1: zeroes weights while training goes on."""
+"""Masks: zeroes weights while training goes on."""
 
 from pruning_core.masks.pruning import Pruning as Pruning

@@ -1,4 +1,4 @@
-"""What ranks must agree on: which gradients are finite, and what the masks are."""
+"""What data-parallel ranks must agree on: whether gradients are finite, and the masks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pruning_core.masks.weight import MaskedWeight, checksum
 
 
 def non_finite(gradients: Sequence[Tensor], groups: Sequence[MaskGroup]) -> Tensor:
-    """Bool scalar on the gradients' device: some entry is inf or nan, on any rank that holds a slice.
+    """Bool scalar on the gradients' device: whether any entry is inf or nan, on any rank that holds a shard.
 
     One read of the gradients: a sum is finite only if all its terms are.
     """
@@ -34,7 +34,10 @@ def non_finite(gradients: Sequence[Tensor], groups: Sequence[MaskGroup]) -> Tens
 
 
 def compare_ranks(groups: Sequence[MaskGroup], now: int, repair: bool) -> None:
-    """Every data-parallel rank must hold the same masks; all ranks find out together."""
+    """Compares checksums of the masks of all data-parallel ranks; collective.
+
+    Where they differ: a RuntimeError on every rank or, with ``repair``, a copy of rank 0's masks, scores and weights.
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
     weights = [weight for group in groups for weight in group.weights if weight.place.slice is None]

@@ -1,13 +1,13 @@
 """How many units are cut, and which: exact counts, limits per layer, ties by index, in O(n).
 
 Amounts are counted in *weights*, not in units, so that layers with units of different sizes compete fairly. A cut is
-always the longest run of lowest-scored units that fits: reached is never above asked, and less than one unit below.
+the longest prefix of the ranking that fits: reached is never above asked, and less than one unit below.
 
 Selection is a radix descent over the bits of the float32 scores: three histograms (12 + 10 + 10 bits) per layer locate
 the exact score at which the running count meets the amount. Nothing is sorted and no score is gathered from another
 rank: with ``ranks`` only the histograms are summed, so the bytes sent do not depend on the size of the model.
 
-Verdicts come one layer after the other: what is decided is decided before the first, so the caller may cut as it goes.
+Masks are yielded layer by layer. Everything is decided before the first, so the caller may cut while iterating.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ LEVELS = ((20, 12), (10, 10), (0, 10))
 
 
 class Ranks(Protocol):
-    """What selection over several ranks needs. Rank order is index order."""
+    """The collectives that selection over several ranks needs. Rank order is index order."""
 
-    def sum_(self, x: Tensor) -> Tensor: ...
+    def sum_(self, x: Tensor) -> Tensor:
+        """The sum of ``x`` over all ranks; may overwrite ``x``."""
 
     def before(self, x: Tensor) -> Tensor:
         """The sum of ``x`` over the ranks before this one."""
@@ -41,11 +42,12 @@ class Ranks(Protocol):
 class Ranked:
     """One layer as the ranking sees it.
 
-    ``keys`` gives ``sortable`` scores of the units that this rank owns, flat and in index order; it is called once per
-    digit, so that only one layer's scores are in memory at a time. Units that are cut already come first.
-    ``sizes``: weights per unit, one number or a flat int64 tensor beside the scores. ``weights``: the layer's size.
-    ``capacity``: how many of its weights the units hold in all, over all ranks. ``largest``: the size of a whole unit,
-    when another rank may hold larger ones than this.
+    - ``keys``: returns ``sortable`` scores of the units that this rank owns, flat, in index order, cut units first.
+      Called once per digit, so that only one layer's scores are in memory at a time.
+    - ``sizes``: weights per unit, one number or a flat int64 tensor beside the scores.
+    - ``weights``: number of weights of the layer, over all ranks.
+    - ``capacity``: number of its weights that are in units, over all ranks.
+    - ``largest``: the size of a whole unit, when another rank may hold larger ones than this.
     """
 
     name: str
@@ -57,15 +59,14 @@ class Ranked:
 
     @property
     def unit(self) -> int:
-        """The size of a (whole) unit."""
+        """The size of a whole unit."""
         if isinstance(self.sizes, int):
             return self.sizes
         return self.largest or (int(self.sizes.max()) if self.sizes.numel() else 1)
 
 
 def sortable(scores: Tensor, at_end: Tensor | None = None, first: bool = True) -> Tensor:
-    """float32 scores -> int32 keys in the same order; where the bool ``at_end`` holds, the lowest key of all (or the
-    highest).
+    """float32 scores -> int32 keys in the same order; where ``at_end``, the lowest key (``first``) or the highest.
 
     Integer arithmetic on whole vectors: a ``where`` over millions of entries costs ten times as much.
     """
@@ -74,21 +75,21 @@ def sortable(scores: Tensor, at_end: Tensor | None = None, first: bool = True) -
     if at_end is None:
         return keys
     there = at_end.to(torch.int32)
-    keys.bitwise_and_(there - 1)  # 0 there
+    keys.bitwise_and_(there - 1)  # 0 where at_end
     return keys.bitwise_or_(there * (-0x80000000 if first else 0x7FFFFFFF))
 
 
 def share_of(ratio: float, weights: int) -> int:
-    """The count that a ratio means: nearest, so that 0.1 of 10 is 1 whatever the binary rounding of 0.1."""
+    """``ratio * weights`` to the nearest integer, so that 0.1 of 10 is 1 whatever the binary rounding of 0.1."""
     return math.floor(ratio * weights + 0.5)
 
 
 def cut_together(
     layers: Sequence[Ranked], share: float, least: Bound, most: Bound, ranks: Ranks | None = None
 ) -> Iterator[Tensor]:
-    """Global scope: the lowest units of all layers together; bool per layer and unit, True = cut.
+    """Global scope: cuts the lowest units of all layers together; bool per layer and unit, True = cut.
 
-    Every layer ends between ``min(least, share)`` and ``most``, to one unit, while the total stays exact.
+    Each layer ends between ``min(least, share)`` and ``most``, to one unit; the total is exact.
     """
     return cut_within(layers, *limits(layers, share, least, most), ranks)
 
@@ -96,7 +97,7 @@ def cut_together(
 def cut_within(
     layers: Sequence[Ranked], asked: int, lows: Sequence[int], highs: Sequence[int], ranks: Ranks | None = None
 ) -> Iterator[Tensor]:
-    """The lowest units of all layers together that fit into ``asked`` weights, with a least and most per layer."""
+    """Cuts the lowest units of all layers that fit into ``asked`` weights, ``lows[i]`` to ``highs[i]`` of layer i."""
     low, high = (torch.tensor(list(each), dtype=torch.int64).unsqueeze(1) for each in (lows, highs))
 
     def meets(upto: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ def cut_within(
         more = max(0, min(min(cutoffs[i].upto, highs[i]) - amounts[i], left) // step * step)
         amounts[i] += more
         left -= more
-    held = [i for i, c in enumerate(cutoffs) if not c.below <= amounts[i] <= c.upto]  # at a limit of their own
+    held = [i for i, c in enumerate(cutoffs) if not c.below <= amounts[i] <= c.upto]  # layers held at their own limit
     for i, cutoff in zip(
         held, _descend_apart([layers[i] for i in held], [amounts[i] for i in held], ranks), strict=True
     ):
@@ -119,15 +120,15 @@ def cut_within(
 
 
 def cut_apart(layers: Sequence[Ranked], amounts: Sequence[int], ranks: Ranks | None = None) -> Iterator[Tensor]:
-    """In every layer by itself the lowest units that fit into ``amounts`` weights; bool, True = cut."""
+    """Local scope: cuts in each layer the lowest units that fit into its amount of weights; bool, True = cut."""
     return _cut_at(layers, amounts, _descend_apart(layers, amounts, ranks), ranks)
 
 
 def limits(layers: Sequence[Ranked], share: float, least: Bound, most: Bound) -> tuple[int, list[int], list[int]]:
-    """The number of weights to cut in all, and the least and most of each layer, in whole units.
+    """``(asked, lows, highs)``: the number of weights to cut in all, and the least and most of each layer.
 
     Limits are rounded down to whole units. Where that leaves too little room for the total (``most`` at or just above
-    the share), layers in order give one unit more, but never their last one.
+    the share), layers in order cut one unit more, but never their last one. ValueError where it is still too little.
     """
     total = sum(layer.weights for layer in layers)
     asked = share_of(share, total)
@@ -155,7 +156,7 @@ def limits(layers: Sequence[Ranked], share: float, least: Bound, most: Bound) ->
 
 
 def _whole_units(ratio: float, layer: Ranked) -> int:
-    """The weights that a ratio allows, in whole units where all units are of one size."""
+    """Number of weights that a ratio allows, in whole units where all units have one size."""
     step = layer.sizes if isinstance(layer.sizes, int) else 1
     # 1e-6 of a unit absorbs the binary rounding of ratios such as 0.29.
     return math.floor(ratio * layer.weights / step + 1e-6) * step
@@ -175,7 +176,7 @@ def _descend_apart(layers: Sequence[Ranked], amounts: Sequence[int], ranks: Rank
 
 
 def _descend(layers: Sequence[Ranked], meets: Callable[[Tensor], Tensor], ranks: Ranks | None) -> list[_Cutoff]:
-    """Finds the keys digit by digit. ``meets`` takes counts (layers, digits) up to each digit, gives one digit each."""
+    """Finds the keys digit by digit. ``meets``: counts (layers, digits) up to each digit -> one digit per layer."""
     if not layers:
         return []
     key, below, upto = (torch.zeros(len(layers), dtype=torch.int64) for _ in range(3))
@@ -198,7 +199,7 @@ def _first(met: Tensor) -> Tensor:
 
 
 def _histogram(layer: Ranked, prefix: int, level: int) -> Tensor:
-    """Weights per digit at this level, among the units whose higher digits are ``prefix``; int64."""
+    """int64: weights per digit at this level, among the units whose higher digits are ``prefix``."""
     keys, sizes = layer.keys(), layer.sizes
     shift, bits = LEVELS[level]
     if level:
@@ -212,7 +213,7 @@ def _histogram(layer: Ranked, prefix: int, level: int) -> Tensor:
 
 
 def _signed(prefix: int, level: int) -> int:
-    """A prefix counts its first digit from 0; keys are signed."""
+    """The signed key digits of a prefix, whose first digit counts from 0."""
     taken = sum(bits for _, bits in LEVELS[: level + 1])
     return prefix - (1 << (taken - 1))
 
@@ -220,7 +221,7 @@ def _signed(prefix: int, level: int) -> int:
 def _cut_at(
     layers: Sequence[Ranked], amounts: Sequence[int], cutoffs: Sequence[_Cutoff], ranks: Ranks | None
 ) -> Iterator[Tensor]:
-    """Everything below each cutoff, and of the ties as many as fit into the amount, in index order."""
+    """Cuts everything below each cutoff and, of the ties, as many as fit into the amount, in index order."""
     rooms = [amount - cutoff.below for amount, cutoff in zip(amounts, cutoffs, strict=True)]
     if ranks is not None and layers:
         ties = [_ties(layer, cutoff.key) for layer, cutoff in zip(layers, cutoffs, strict=True)]
@@ -230,7 +231,7 @@ def _cut_at(
 
 
 def _ties(layer: Ranked, key: int) -> int:
-    """How many of this rank's weights stand exactly at the cutoff."""
+    """Number of this rank's weights exactly at the cutoff."""
     tied = layer.keys() == _signed(key, len(LEVELS) - 1)
     return int(layer.sizes[tied].sum()) if isinstance(layer.sizes, Tensor) else int(tied.sum()) * layer.sizes
 

@@ -1,4 +1,4 @@
-"""From a configuration and a model to groups of masked weights, and who steps which of them."""
+"""Builds the groups of masked weights from a configuration and a model, and finds the optimizers that step them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The clock of a pruning run, and the two public optimizer hooks that drive it.
 
-A step is an *optimizer* step. A step that a GradScaler skips is none: with non-fused optimizers the hooks do not fire
-for it, fused ones carry ``found_inf``, and the explicit hooks look at the gradients. On an accelerator such a verdict
+A step is an *optimizer* step. A step that a GradScaler skips does not count: non-fused optimizers do not fire the
+hooks for it, fused ones carry ``found_inf``, and the explicit hooks check the gradients. On an accelerator the flag
 stays on the device; it is read only when a mask change may be due.
 """
 
@@ -18,33 +18,34 @@ from torch.optim import Optimizer
 class Clock:
     """Counts finished optimizer steps, or follows the count that the caller gives.
 
-    ``now`` is the number of the step that comes next. A given count that does not grow though a step has finished
-    restarts (at each epoch, as in ``enumerate(loader)``); the clock counts on from where it was.
+    ``now`` is the number of the step that comes next. A given count that does not grow although a step has finished has
+    restarted (at each epoch, as in ``enumerate(loader)``); the clock counts on from where it was.
     """
 
     def __init__(self) -> None:
         self._finished = 0
-        self._skipped: Tensor | None = None  # how many of them were skipped; on a device, not read yet
+        self._skipped: Tensor | None = None  # number of skipped ones among them; on a device, not read yet
         self._given: int | None = None
         self._offset = 0
         self._warned = False
 
     @property
     def at_most(self) -> int:
-        """The latest that ``now`` may be, known without waiting for a device."""
+        """An upper bound of ``now``, known without a host sync."""
         return self._finished
 
     @property
     def now(self) -> int:
+        """The number of the step that comes next; may wait for the device."""
         if self._skipped is not None:
             self._finished -= int(self._skipped)
             self._skipped = None
         return self._finished
 
     def begin(self, step: int | None, settled: bool = False) -> None:
-        """A (micro-)batch begins; the caller may say which step it belongs to.
+        """A (micro-)batch begins; ``step``, if given, is the optimizer step that it belongs to.
 
-        ``settled``: no gradient is looked at any more. A step that comes again was skipped, and nobody noticed.
+        ``settled``: gradients are no longer read, so a skipped step goes unnoticed; a repeated count is taken for one.
         """
         if step is None:
             return
@@ -66,7 +67,7 @@ class Clock:
             warnings.warn(f"{message}; counting on from {following}. Give the count since training began", stacklevel=4)
 
     def finish(self, skipped: bool | Tensor) -> None:
-        """One optimizer step is over; ``skipped`` may be a flag on a device."""
+        """An optimizer step is over; ``skipped`` may be a flag on the device."""
         if skipped is True:
             return
         if self._given is None:
@@ -77,23 +78,27 @@ class Clock:
             self._skipped = skipped.long() if self._skipped is None else self._skipped + skipped
 
     def state_dict(self) -> dict[str, int | None]:
+        """The count as plain data; waits for the device."""
         return {"now": self.now, "given": self._given, "offset": self._offset}
 
     def load_state_dict(self, state: Mapping[str, int | None]) -> None:
+        """Restores ``state_dict``."""
         self._finished, self._given, self._offset = state["now"] or 0, state["given"], state["offset"] or 0
         self._skipped = None
 
 
 class Driver(Protocol):
-    """What ``OptimizerHooks`` drives."""
+    """What ``OptimizerHooks`` calls."""
 
-    def before_step(self, optimizer: Optimizer) -> None: ...
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Called before the optimizer changes the weights; gradients are there."""
 
-    def after_step(self, optimizer: Optimizer) -> None: ...
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Called after the optimizer has changed the weights."""
 
 
 def unwrap_optimizer(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside Accelerate's or Lightning's wrapper: only its own hooks fire."""
+    """The torch optimizer inside a wrapper of Accelerate or Lightning: only its own hooks fire."""
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, Optimizer):
@@ -104,7 +109,7 @@ def unwrap_optimizer(optimizer: Any) -> Optimizer:
 
 
 class OptimizerHooks:
-    """Registers a driver on optimizers by their public step hooks; ``remove`` leaves nothing behind."""
+    """Calls a driver from the public step hooks of optimizers, until ``remove``."""
 
     def __init__(self, driver: Driver, optimizers: list[Optimizer]) -> None:
         self._driver = driver
@@ -118,7 +123,7 @@ class OptimizerHooks:
         if closure is None:
             self._driver.before_step(optimizer)
             return None
-        # The gradients are made inside the step: look at them there, the first time the closure returns.
+        # The closure computes the gradients inside the step: read them when it first returns.
         wrapped = self._observing(closure, optimizer)
         if "closure" in kwargs:
             return args, {**kwargs, "closure": wrapped}
@@ -141,6 +146,7 @@ class OptimizerHooks:
         self._driver.after_step(optimizer)
 
     def remove(self) -> None:
+        """Removes the hooks from all optimizers."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

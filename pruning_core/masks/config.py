@@ -1,4 +1,4 @@
-"""Where options come from: YAML, dicts, keyword arguments, and Neural Compressor's spellings of them.
+"""Reads options from YAML, dicts and keyword arguments, in this package's names or Neural Compressor's.
 
 Local options win over global ones, and both over the defaults. Everything is checked when a configuration is built;
 the caller's dicts are never changed.
@@ -31,7 +31,7 @@ ALIASES = {
     "max_sparsity_ratio_per_layer": "max_sparsity_ratio_per_op",
     "min_sparsity_ratio_per_layer": "min_sparsity_ratio_per_op",
 }
-"""Neural Compressor's other spellings, first and second generation, in YAML and in dicts."""
+"""Neural Compressor's names of options (1.x and 2.x), in YAML and in dicts -> names here."""
 
 DROPPED = {
     "low_memory_usage": "scores are stored per unit already; remove it",
@@ -43,10 +43,17 @@ DROPPED = {
 
 
 class WeightPruningConfig:
-    """The options of all pruners of one run.
+    """The options of all pruners of a run, checked at construction.
 
-    ``WeightPruningConfig([{...}, {...}], target_sparsity=0.9)``: a dict per pruner, completed by the global options
-    and then by the defaults. One dict, a path to a YAML file, or another configuration do as well.
+    - ``pruning_configs``: a list with a dict per pruner; or one dict, a YAML path, another configuration.
+    - ``options``: global options. Those of a pruner win over them, and both over the defaults.
+
+    An unknown option, a value out of range or a contradiction is a ValueError that names the option. The dicts are not
+    changed. ``pruners`` holds one ``PrunerOptions`` per pruner, where all options are listed.
+
+    >>> config = WeightPruningConfig([{"pattern": "2:4"}, {"op_names": ["head"]}], target_sparsity=0.5, end_step=100)
+    >>> [pruner.pattern for pruner in config.pruners]
+    ['2:4', '4x1']
     """
 
     def __init__(self, pruning_configs: Any = None, **options: Any) -> None:
@@ -65,14 +72,14 @@ class WeightPruningConfig:
         )
 
     def updated(self, **options: Any) -> WeightPruningConfig:
-        """The same configuration with some options changed for every pruner, checked again as a whole."""
+        """A copy with some options changed for every pruner, checked again as a whole."""
         update = ("update_items_for_all_pruners.", options)
         changed = WeightPruningConfig()
         changed._settle([_Given((f"pruning_configs[{i}].", old), update) for i, old in enumerate(self._explicit)])
         return changed
 
     def to_dict(self) -> dict[str, Any]:
-        """All options of all pruners, plain data; ``WeightPruningConfig(**d)`` reads it back."""
+        """All options of all pruners as plain data; ``WeightPruningConfig(**d)`` reads it back."""
         return {"pruning_configs": [options.model_dump() for options in self.pruners]}
 
     def __eq__(self, other: object) -> bool:
@@ -85,7 +92,7 @@ class WeightPruningConfig:
 
 
 class _Given:
-    """What the user wrote for one pruner: layers of options, each with the prefix that messages show.
+    """What the user wrote for one pruner: layers of options, each with its prefix in error messages.
 
     A later layer wins over an earlier one. ``spelled`` says where each option was given, and under which name.
     """
@@ -141,7 +148,7 @@ class _Given:
 
 
 def _read(source: Any) -> list[_Given]:
-    """Whatever the user gave -> one ``_Given`` per pruner."""
+    """Any accepted source -> one ``_Given`` per pruner."""
     if source is None:
         return [_Given(("", {}))]
     if isinstance(source, str | Path):
@@ -209,7 +216,7 @@ def _from_list(top_where: str, top: Mapping[str, Any], where: str, pruners: Any)
 
 
 def reference() -> str:
-    """The markdown table of all options; docs/configuration.md holds it and a test compares."""
+    """The Markdown table of all options, as docs/configuration.md holds it."""
     spellings: dict[str, list[str]] = {}
     for alias, name in ALIASES.items():
         spellings.setdefault(name, []).append(f"`{alias}`")

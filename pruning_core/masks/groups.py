@@ -1,4 +1,4 @@
-"""A group of weights that is ranked together: one pruner of the configuration."""
+"""The weights of one pruner, ranked together."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ class MaskGroup:
 
     @property
     def total(self) -> int:
+        """Number of weights, over all ranks."""
         return sum(weight.weights for weight in self.weights)
 
     @property
     def done(self) -> bool:
-        """The target is reached; from here on masks are only applied."""
+        """Whether the target is reached; from then on masks are only applied."""
         return self.updated_at >= self.table.end
 
     def check_limits(self) -> None:
-        """ValueError when the target cannot be reached within the limits of the layers."""
+        """ValueError when the limits of the layers do not allow the target."""
         try:
             self.options.layer_limits.check_names("limits", [weight.target.layer for weight in self.weights])
             self._room(self._layers(), self.table.target)
@@ -45,27 +46,29 @@ class MaskGroup:
             raise ValueError(f"{self.where}.{error}") from None
 
     def _room(self, layers: Sequence[Ranked], share: float) -> list[tuple[int, list[int], list[int]]]:
-        """What may be cut, as ``budget.limits`` says it: of all layers together, or (local) of each."""
+        """``budget.limits`` of all layers together (global scope) or of each (local scope)."""
         pairs = [self.options.layer_limits.of([weight.target.layer]) for weight in self.weights]
         if self.options.pruning_scope == "global":
             return [limits(layers, share, [least for least, _ in pairs], [most for _, most in pairs])]
         return [limits([layer], share, *pair) for layer, pair in zip(layers, pairs, strict=True)]
 
     def next_due(self) -> int | None:
+        """The next due step, None after the last."""
         return self.table.next_due(self.updated_at)
 
     def is_due(self, now: int) -> bool:
+        """Whether an update is due at step ``now`` or before."""
         due = self.next_due()
         return due is not None and due <= now
 
     def wants_gradients(self, now: int) -> bool:
-        """Scores can still matter, and this step's gradient goes into them."""
+        """Whether this step's gradient goes into a score that can still matter."""
         if not self.options.criterion.needs_gradient or self.done:
             return False
         return self.options.criterion.accumulates or self.is_due(now + 1)
 
     def observe(self, params: Collection[int] | None, rate: Tensor | float, bad: Tensor | None) -> bool:
-        """Reads the gradients of the weights in ``params`` (ids; None: all); False when there is none at all."""
+        """Scores the gradients of the weights in ``params`` (ids; None: all); False when there is none at all."""
         mine = [w for w in self.weights if params is None or id(w.target.parameter) in params]
         if not any(weight.target.parameter.grad is not None for weight in mine):
             return not mine
@@ -75,20 +78,20 @@ class MaskGroup:
 
     @property
     def scored(self) -> bool:
-        """Every weight has a score that was not used up yet."""
+        """Whether each weight has a score that no update has consumed."""
         return all(weight.score is not None for weight in self.weights)
 
     def ready(self, now: int) -> bool:
-        """A change that is due can be carried out: it needs no gradient, or one was seen."""
+        """Whether the due update can be carried out: it needs no gradient, or one was seen."""
         return self.scored or not self.options.criterion.needs_gradient or self.sparsity(now) == 0
 
     def sparsity(self, now: int) -> float:
-        """The share of zeros asked for at this step, a pure function of it."""
+        """The sparsity asked for at this step; a pure function of the step."""
         due = self.table.last_due(now)
         return 0.0 if due is None else self.table.sparsity(due)
 
     def update(self, now: int) -> None:
-        """Carries out what is due."""
+        """Carries out the update that is due."""
         due = self.table.last_due(now)
         assert due is not None
         share = self.table.sparsity(due)
@@ -103,7 +106,7 @@ class MaskGroup:
                 weight.score = None
 
     def cut_units(self, share: float) -> None:
-        """Cuts whole units so that ``share`` of all weights of the group is zero."""
+        """Cuts whole units until ``share`` of all weights of the group is cut."""
         layers, ranks = self._layers(self._unit_scores()), self.ranks
         room = self._room(layers, share)
         if self.options.pruning_scope == "global":
@@ -114,7 +117,7 @@ class MaskGroup:
             weight.cut_units_(cut)
 
     def _unit_scores(self) -> list[Callable[[], Tensor]]:
-        """Per weight a function that gives its unit scores, complete over all ranks."""
+        """Per weight a function that returns its unit scores, complete over all ranks."""
         if self.ranks is None:
             return [
                 partial(_unit_scores, weight) if weight.folds_fast else partial(_same, _unit_scores(weight))
@@ -149,16 +152,18 @@ class MaskGroup:
         return (grid != 0 for grid in grids)
 
     def count_cut(self) -> int:
-        """How many weights the masks cut, over all ranks."""
+        """Number of weights that the masks cut, over all ranks."""
         count = torch.stack([(weight.keep == 0).sum() for weight in self.weights]).sum()
         return int(self.ranks.sum_(count) if self.ranks else count)
 
     def apply_(self, params: Collection[int] | None = None) -> None:
+        """Masks the weights in ``params`` (ids; None: all) in place."""
         for weight in self.weights:
             if params is None or id(weight.target.parameter) in params:
                 weight.apply_()
 
     def state_dict(self) -> dict[str, Any]:
+        """Progress, skipped layers, and masks and scores by name: tensors and plain data."""
         return {
             "updated_at": self.updated_at,
             "changed": self.changed,
@@ -170,6 +175,7 @@ class MaskGroup:
         return {"keep": pack(weight.keep), "score": to_plain(weight.score), "shape": list(weight.shape)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores progress, masks and scores; the weights do not change."""
         self.updated_at, self.changed = state["updated_at"], state["changed"]
         for weight in self.weights:
             self._load_weight(weight, state["weights"][weight.target.name])
@@ -181,7 +187,7 @@ class MaskGroup:
 
 
 def _unit_keys(weight: MaskedWeight, unit_scores: Callable[[], Tensor]) -> Tensor:
-    """Of the units that this rank owns; what is cut already comes first, so nothing returns."""
+    """Keys of the units that this rank owns; those cut already come first, so that nothing grows back."""
     dead = ~weight.flat(weight.owned(weight.alive()))
     return sortable(weight.flat(weight.owned(unit_scores())), dead)
 

@@ -1,4 +1,4 @@
-"""Group lasso: shrinks whole units just before the optimizer steps, so that whole units become unimportant."""
+"""Group lasso: shrinks whole units before each optimizer step, so that whole units become unimportant."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from pruning_core.patterns import Block
 
 
 def shrink_(group: MaskGroup, params: Collection[int] | None, optimizer: Optimizer, bad: bool | Tensor) -> None:
-    """``w -= lr * reg_coeff * w / ||w_unit||`` for the weights in ``params`` (ids; None: all)."""
+    """``w -= lr * reg_coeff * w / ||w_unit||`` in place, for the weights in ``params`` (ids; None: all).
+
+    Norms of units that span shard borders are all-reduced. Where the flag ``bad`` is True, nothing changes.
+    """
     rates = {id(p): each["lr"] for each in optimizer.param_groups for p in each["params"]}
     weights = [w for w in group.weights if params is None or id(w.target.parameter) in params]
     squares = []

@@ -151,18 +151,22 @@ class PrunerOptions(Options):
 
     @cached_property
     def criterion(self) -> Criterion:
+        """The criterion of ``pruning_type``; for ``pattern_lock`` one that reads no gradient."""
         name = "magnitude" if self.kind == LOCK else self.pruning_type.removesuffix(PROGRESSIVE)
         return CRITERIA[name]()
 
     @cached_property
     def layer_limits(self) -> Limits:
+        """``limits`` with the minimum and maximum per layer as defaults."""
         return read_limits(self.limits, self.min_sparsity_ratio_per_op, self.max_sparsity_ratio_per_op)
 
     @cached_property
     def parsed_pattern(self) -> Pattern:
+        """The pattern object of ``pattern``."""
         return parse_pattern(self.pattern)
 
     @cached_property
     def timetable(self) -> Timetable:
+        """When masks change, and to which sparsity."""
         schedule = SCHEDULES[self.sparsity_decay_type]()
         return Timetable(self.start_step, self.end_step, self.pruning_frequency, self.target_sparsity, schedule)

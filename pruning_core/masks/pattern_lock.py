@@ -1,4 +1,4 @@
-"""The zeros that are there when training begins stay; everything else trains."""
+"""Pattern lock: the zeros that are there when training begins stay; everything else trains."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pruning_core.selection import Skipped
 
 
 class LockedGroup(MaskGroup):
-    """``keep = (w != 0)``, weight by weight, whatever the pattern."""
+    """``keep = (w != 0)``, element by element, whatever the pattern; the masks never change."""
 
     def __init__(self, where: str, options: PrunerOptions, weights: list[MaskedWeight], skipped: list[Skipped]) -> None:
         super().__init__(where, options, weights, skipped)
@@ -28,11 +28,13 @@ class LockedGroup(MaskGroup):
         """Nothing is cut, so every limit holds."""
 
     def sparsity(self, now: int) -> float:
+        """The share of locked zeros, over all ranks, at any step."""
         zeros = torch.tensor(sum(int((weight.keep == 0).sum()) for weight in self.weights))
         if self.ranks is not None:
             self.ranks.sum_(zeros := zeros.to(self.weights[0].keep.device))
         return int(zeros) / max(self.total, 1)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores the saved masks and applies them to the weights."""
         super().load_state_dict(state)
         self.apply_()

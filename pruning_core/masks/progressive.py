@@ -1,8 +1,8 @@
-"""Between two structured updates, newly doomed units lose their weights in portions instead of at once.
+"""Progressive pruning: between two structured updates, newly doomed units lose their weights in portions.
 
-At each update the structured mask (``whole_units``) is decided as in basic pruning. Its new zeros are then cut in
+Each update decides the structured mask (``whole_units``) as basic pruning does. Its new zeros are then cut in
 ``progressive_steps`` portions spread evenly over the time to the next update, lowest score first (or by position in
-the unit: ``linear``). At ``end_step`` the structured mask is applied as a whole.
+the unit: ``linear``). At ``end_step`` the structured mask is applied whole.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from pruning_core.selection import Skipped
 
 
 class ProgressiveGroup(MaskGroup):
+    """A ``MaskGroup`` whose newly cut units lose their weights in ``progressive_steps`` portions."""
+
     def __init__(self, where: str, options: PrunerOptions, weights: list[MaskedWeight], skipped: list[Skipped]) -> None:
         super().__init__(where, options, weights, skipped)
-        self.structured_at = -1  # the due step whose units are being cut
-        self.doomed = [0] * len(weights)  # per weight, over all ranks: how many weights that update doomed
+        self.structured_at = -1  # the structured update whose units are being cut
+        self.doomed = [0] * len(weights)  # elements that it doomed, per target, over all ranks
         for weight in weights:
             weight.whole_units = weight.keep.clone()
 
@@ -37,15 +39,17 @@ class ProgressiveGroup(MaskGroup):
         return [self.structured_at + k * span // portions for k in range(portions)]
 
     def next_due(self) -> int | None:
+        """The next step at which a portion or a structured update is due, None after the last."""
         steps = [step for step in self._portion_steps() if step > self.updated_at]
         structured = self.table.next_due(self.structured_at)
         return min([*steps, *([] if structured is None else [structured])], default=None)
 
     def update(self, now: int) -> None:
+        """Carries out the structured update that is due, if it is new, and the portions due up to ``now``."""
         due = self.table.last_due(now)
         assert due is not None
         if due != self.structured_at:
-            self._finish()  # what an earlier update doomed
+            self._finish()  # of the update before
             if self.table.sparsity(due) > 0:
                 self.cut_units(self.table.sparsity(due))
             self.structured_at = due
@@ -58,11 +62,12 @@ class ProgressiveGroup(MaskGroup):
         self._passed(max([due, *steps]))
 
     def _finish(self) -> None:
+        """Applies the structured mask whole."""
         for weight in self.weights:
             weight.keep.bitwise_and_(weight.whole_units)
 
     def _remaining(self, weight: MaskedWeight) -> Tensor:
-        """Doomed and not cut yet, in the stored shape."""
+        """Bool, stored shape: doomed and not cut yet."""
         return (weight.keep != 0) & (weight.whole_units == 0)
 
     def _count_doomed(self) -> list[int]:
@@ -70,7 +75,7 @@ class ProgressiveGroup(MaskGroup):
         return (self.ranks.sum_(counts) if self.ranks else counts).tolist()
 
     def _cut_portions(self, portions: int) -> None:
-        """Cuts until ``portions`` of the portions are gone."""
+        """Cuts doomed weights until ``portions`` of the ``progressive_steps`` portions are gone."""
         ranks, left = self.ranks, self._count_doomed()
         if not any(left):
             return
@@ -92,7 +97,7 @@ class ProgressiveGroup(MaskGroup):
             weight.keep.mul_(weight.place.layout.store(kept, weight.shape))
 
     def _order(self, weight: MaskedWeight) -> Callable[[], Tensor]:
-        """Keys that put the remaining doomed weights first, in the order in which they go."""
+        """Sort keys that put the remaining doomed weights first, in the order in which they are cut."""
 
         def keys() -> Tensor:
             if self.options.progressive_type == "linear":
@@ -104,12 +109,14 @@ class ProgressiveGroup(MaskGroup):
         return keys
 
     def state_dict(self) -> dict[str, Any]:
+        """The state of a ``MaskGroup``, with structured masks and the progress of the portions."""
         return {**super().state_dict(), "structured_at": self.structured_at, "doomed": list(self.doomed)}
 
     def _weight_state(self, weight: MaskedWeight) -> dict[str, Any]:
         return {**super()._weight_state(weight), "whole_units": pack(weight.whole_units)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores ``state_dict``."""
         super().load_state_dict(state)
         self.structured_at, self.doomed = state["structured_at"], list(state["doomed"])
 
@@ -119,7 +126,7 @@ class ProgressiveGroup(MaskGroup):
 
 
 def _positions(weight: MaskedWeight) -> Tensor:
-    """How far into its unit each weight lies, 0 to below 1, as (G, O, K, I)."""
+    """(G, O, K, I): the position of each weight in its unit, in [0, 1)."""
     region = weight.place.region
     position = torch.zeros((), device=weight.keep.device)
     for length, start, extent in zip(region.local, region.start, region.extents, strict=True):

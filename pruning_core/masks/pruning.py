@@ -26,7 +26,7 @@ from pruning_core.selection import unwrap
 
 
 class PrunerView(NamedTuple):
-    """One pruner of a configuration: its options, the names of its weights, and how many these hold in all."""
+    """One pruner of the configuration: its options, the names of its weights, and their number of elements in all."""
 
     config: PrunerOptions
     names: tuple[str, ...]
@@ -34,22 +34,26 @@ class PrunerView(NamedTuple):
 
 
 class Pruning:
-    """Zeroes weights while training goes on.
+    """Zeroes weights while training goes on: masks change on a schedule and are applied after every optimizer step.
 
-    Either the four hooks of the training loop::
+    Either the hooks of the training loop::
 
         pruner = Pruning(config)
         pruner.model = model
         pruner.on_train_begin()
         ...  # per step: on_step_begin, backward, on_before_optimizer_step, optimizer.step, on_after_optimizer_step
+        pruner.on_train_end()
 
     or one line around any loop, driven by the optimizer's own hooks::
 
         with Pruning(config).attach(model, optimizer):
             ...
 
-    ``config``: a list of dicts, a dict, a YAML path or a ``WeightPruningConfig``. ``on_divergence``: what to do when
-    the masks of data-parallel ranks differ: "error", or "repair" from rank 0.
+    - ``config``: a list of dicts, a dict, a YAML path or a ``WeightPruningConfig``.
+    - ``on_divergence``: what to do when the masks of data-parallel ranks differ: "error", or "repair" from rank 0.
+
+    Weights are masked in place; biases, modules and ``state_dict`` keys of the model do not change. A step is an
+    optimizer step, not a micro-batch. ``train_func`` and ``eval_func`` are called by ``pruner()``.
     """
 
     def __init__(self, config: Any = None, *, on_divergence: Literal["error", "repair"] = "error") -> None:
@@ -59,7 +63,7 @@ class Pruning:
         self.on_divergence = on_divergence
         self.model: nn.Module | None = None
         self.optimizer: Any = None
-        """Needed by group lasso under the explicit hooks: the learning rate is read from it."""
+        """Only for group lasso under the explicit hooks, which reads the learning rate."""
         self.train_func: Callable[[nn.Module], Any] | None = None
         self.eval_func: Callable[[nn.Module], Any] | None = None
         self.metrics: dict[str, Any] = {}
@@ -70,24 +74,27 @@ class Pruning:
         self._hooks: OptimizerHooks | None = None
         self._skipped: bool | Tensor = False
         self._pending_state: dict[str, Any] | None = None
-        self._looked = False  # before_step was called for the step that is under way
+        self._looked = False  # before_step was called in the current step
         self._told_no_gradient = False
         self._counted: tuple[list[int], float] = ([], 0.0)
 
     # ---- set-up -------------------------------------------------------------------------------------------------
 
     def update_items_for_all_pruners(self, **options: Any) -> None:
-        """Changes options of every pruner, checked like the rest; before training begins."""
+        """Changes options of every pruner, checked like the rest; RuntimeError once training has begun."""
         if self._began:
             raise RuntimeError("update_items_for_all_pruners: training has begun; call it before on_train_begin")
         self.config = self.config.updated(**options)
 
     def on_train_begin(self, *, total_steps: int | None = None) -> None:
-        """Selects the layers and builds their masks. ``total_steps`` lets it warn when the end cannot be reached."""
+        """Selects the layers and builds their masks; warns when ``total_steps`` is too short for ``end_step``."""
         self._begin([], total_steps)
 
     def attach(self, model: nn.Module, *optimizers: Any, total_steps: int | None = None) -> Self:
-        """Prunes by the optimizers' own step hooks, until ``detach`` or the end of the ``with`` block."""
+        """Prunes by the optimizers' own step hooks, until ``detach`` or the end of the ``with`` block; returns itself.
+
+        The explicit step hooks must not be called as well. ``total_steps``: as in ``on_train_begin``.
+        """
         if not optimizers:
             raise ValueError("attach: needs at least one optimizer, got none; pass attach(model, optimizer)")
         inner = [unwrap_optimizer(optimizer) for optimizer in optimizers]
@@ -137,7 +144,7 @@ class Pruning:
 
     @property
     def pruners(self) -> tuple[PrunerView, ...]:
-        """The pruners of the configuration, with the weights that each took; empty before training begins."""
+        """One ``PrunerView`` per pruner of the configuration; empty before training begins."""
         return tuple(
             PrunerView(group.options, tuple(w.target.name for w in group.weights), group.total)
             for group in self._groups
@@ -145,19 +152,19 @@ class Pruning:
 
     @property
     def done(self) -> bool:
-        """Every target is reached: from here on masks are only applied."""
+        """Whether every target is reached; from then on masks are only applied."""
         return bool(self._groups) and all(group.done for group in self._groups)
 
     @property
     def asked(self) -> float:
-        """The sparsity asked for at this step, over all weights that take part: between 0 and 1."""
+        """The sparsity asked for at this step, over all weights that take part; in [0, 1]."""
         return sum(group.sparsity(self.step) * group.total for group in self._groups) / (self._total or 1)
 
     @property
     def sparsity(self) -> float:
-        """The sparsity of the masks, over all weights that take part: between 0 and 1.
+        """The sparsity of the masks, over all weights that take part; in [0, 1].
 
-        Counted when masks have changed. Under ``fully_shard`` every rank must ask: zeros are summed over the ranks.
+        Counted when masks have changed. Collective under ``fully_shard``: zeros are summed over the ranks.
         """
         now = [group.updated_at for group in self._groups]
         if self._counted[0] != now:
@@ -170,24 +177,24 @@ class Pruning:
 
     @property
     def sharded(self) -> bool:
-        """Each rank holds slices of the weights (``fully_shard``), and a state of its own."""
+        """Whether the weights are sharded (``fully_shard``): each rank then has a state of its own."""
         return any(group.ranks is not None for group in self._groups)
 
     # ---- the hooks ----------------------------------------------------------------------------------------------
 
     def on_step_begin(self, local_step: int | None = None) -> None:
-        """Before the forward pass. ``local_step``, when given, is the clock; otherwise finished steps are counted."""
+        """Before the forward pass. ``local_step``, if given, is the clock; otherwise finished steps are counted."""
         self._check_began("on_step_begin")
         self._clocks[None].begin(local_step, settled=all(group.done for group in self._groups))
         self._advance()
 
     def on_before_optimizer_step(self) -> None:
-        """After backward (and ``scaler.unscale_``), before the optimizer: reads gradients, regularizes."""
+        """After backward (and ``scaler.unscale_``), before ``optimizer.step``: reads gradients, applies group lasso."""
         self._check_began("on_before_optimizer_step")
         self.before_step(None)
 
     def on_after_optimizer_step(self) -> None:
-        """After the optimizer: masks the weights, and changes the masks when that is due."""
+        """After ``optimizer.step``: updates the masks when that is due, and masks the weights."""
         self._check_began("on_after_optimizer_step")
         if not self._looked and any(group.wants_gradients(self._step_at_most) for group in self._groups):
             raise RuntimeError(
@@ -197,7 +204,7 @@ class Pruning:
         self.after_step(None)
 
     def on_train_end(self) -> None:
-        """Training is over: warns about every pruner that has not reached its target."""
+        """Ends the run; warns about every pruner that has not reached its target."""
         if not self._began:
             raise RuntimeError("on_train_end: training has not begun; call on_train_begin first")
         self._began = False
@@ -212,13 +219,13 @@ class Pruning:
                 )
 
     def on_epoch_begin(self, epoch: int | None = None) -> None:
-        """Nothing happens here; kept so that loops written for Neural Compressor run."""
+        """Does nothing; for loops written for Neural Compressor."""
 
     def on_epoch_end(self) -> None:
-        """Nothing happens here; kept so that loops written for Neural Compressor run."""
+        """Does nothing; for loops written for Neural Compressor."""
 
     def on_step_end(self) -> None:
-        """Nothing happens here; kept so that loops written for Neural Compressor run."""
+        """Does nothing; for loops written for Neural Compressor."""
 
     def _check_began(self, hook: str) -> None:
         if not self._began:
@@ -230,7 +237,7 @@ class Pruning:
 
     @property
     def step(self) -> int:
-        """The number of the optimizer step that comes next: every optimizer with pruned weights has made the others."""
+        """The number of the next optimizer step; with several optimizers, of the one that is least far."""
         return min((clock.now for clock in self._clocks.values()), default=0)
 
     @property
@@ -239,6 +246,7 @@ class Pruning:
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer | None) -> None:
+        """Before an optimizer changes the weights (None: explicit hooks): reads gradients, applies group lasso."""
         assert self.model is not None
         reshard(self.model)
         now, params, self._looked = self._step_at_most, self._params[optimizer], True
@@ -279,13 +287,14 @@ class Pruning:
             )
 
     def _catch_up(self, bad: bool | Tensor) -> None:
-        """A gradient criterion whose cut was due before any gradient was there cuts now."""
+        """A gradient criterion whose cut was due before the first gradient cuts now."""
         late = [g for g in self._groups if g.scored and not g.changed and g.is_due(self._step_at_most)]
         if late and not bool(bad):
             self._update(late, self.step)
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer | None) -> None:
+        """After an optimizer changed the weights: advances the clock, updates masks that are due, masks the weights."""
         if optimizer in self._clocks:
             before = self._step_at_most
             self._clocks[optimizer].finish(self._skipped)
@@ -320,7 +329,7 @@ class Pruning:
     # ---- the rest -----------------------------------------------------------------------------------------------
 
     def __call__(self) -> nn.Module:
-        """Runs ``train_func(model)`` with the hooks live, and ``eval_func(model)`` before and after it."""
+        """Calls ``train_func(model)`` with the pruner begun, ``eval_func(model)`` before and after; returns the model."""
         if self.train_func is None:
             raise RuntimeError("train_func: not set; set pruner.train_func = f, where f(model) trains one model")
         if self.model is None:
@@ -338,7 +347,7 @@ class Pruning:
         return self.model
 
     def detach(self) -> None:
-        """Takes the hooks off the optimizers; masks stay available for ``report`` and ``mask_``."""
+        """Removes the optimizer hooks; masks stay available for ``report`` and ``mask_``."""
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
@@ -357,7 +366,7 @@ class Pruning:
 
     @torch.no_grad()
     def mask_(self, other: nn.Module) -> nn.Module:
-        """Masks a copy of the model (EMA, SWA) in place, by parameter names."""
+        """Masks a copy of the model (EMA, SWA) in place, by parameter names, and returns it."""
         self._check_built("mask_")
         reshard(other)
         parameters = dict(unwrap(other).named_parameters(remove_duplicate=False))
@@ -373,12 +382,12 @@ class Pruning:
         return other
 
     def masks(self) -> dict[str, Tensor]:
-        """State-dict key -> bool mask, True = kept (the local slice under ``fully_shard``)."""
+        """State-dict key -> bool mask, True = kept (the local shard under ``fully_shard``)."""
         self._check_built("masks")
         return {w.target.name: w.keep != 0 for group in self._groups for w in group.weights}
 
     def report(self) -> SparsityReport:
-        """Asked and reached sparsity per layer, counted from the weights."""
+        """Asked and reached sparsity per layer, counted from the weights; collective under ``fully_shard``."""
         self._check_built("report")
         assert self.model is not None
         reshard(self.model)
@@ -390,7 +399,7 @@ class Pruning:
         self._check_model()
 
     def _check_model(self) -> None:
-        """The layers that carry masks are still the model's layers."""
+        """RuntimeError unless the layers with masks are still the model's layers."""
         assert self.model is not None
         modules = dict(unwrap(self.model).named_modules(remove_duplicate=False))
         for group in self._groups:
@@ -402,13 +411,16 @@ class Pruning:
                     )
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks (bits), scores, clock and configuration: tensors and plain data."""
+        """Masks (packed bits), scores, clocks and configuration: tensors and plain data."""
         self._check_built("state_dict")
         return state_of(self.config, list(self._clocks.values()), self._groups)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where ``state_dict`` was taken; before training begins it is kept until then."""
+        """Restores what ``state_dict`` returned and masks the weights; before training begins it is kept until then.
+
+        ValueError for the state of another configuration, model or sharding, which changes nothing.
+        """
         if not self._began:
             self._pending_state = state
             return
@@ -420,5 +432,5 @@ class Pruning:
 
 
 def _known(flag: Tensor) -> bool | Tensor:
-    """On the CPU a verdict is free to read; on a device it stays there."""
+    """A bool on the CPU, where reading is free; on a device the flag stays there, without a host sync."""
     return bool(flag) if flag.device.type == "cpu" else flag

@@ -1,4 +1,4 @@
-"""Asked and reached sparsity per layer, of a live pruning run and of one that was saved, counted from the weights."""
+"""Asked and reached sparsity per layer, counted from the weights, of a live run or of a saved model."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ COLUMNS = ("layer", "type", "shape", "pattern", "asked", "reached", "zeros", "wh
 
 
 class _Counted:
-    """``reached``: the share of zeros."""
+    """``reached = zeros / weights``."""
 
     zeros: int
     weights: int
 
     @property
     def reached(self) -> float:
+        """The share of zeros, in [0, 1]."""
         return self.zeros / self.weights if self.weights else 0.0
 
 
 @dataclass(frozen=True)
 class LayerSparsity(_Counted):
-    """One weight. ``asked`` is None where nobody asked for zeros; ``note`` says why a layer was left dense."""
+    """One weight. ``asked`` is None where no sparsity is asked for; ``note`` says why a layer is left dense."""
 
     name: str
     kind: str
@@ -45,6 +46,7 @@ class LayerSparsity(_Counted):
     note: str = ""
 
     def cells(self) -> tuple[str, ...]:
+        """The row of the printed table, one string per column."""
         shape = "x".join(str(length) for length in self.shape)
         asked = "" if self.asked is None else f"{self.asked:.2%}"
         numbers = f"{self.reached:.2%}", f"{self.zeros:,}"
@@ -53,7 +55,7 @@ class LayerSparsity(_Counted):
 
 @dataclass(frozen=True)
 class PrunerSparsity(_Counted):
-    """One pruner: its title, what it asks for now and at its end, and its layers."""
+    """One pruner: the sparsity it asks for at its end (``target``) and now (``asked``), and its layers."""
 
     title: str
     target: float
@@ -62,19 +64,21 @@ class PrunerSparsity(_Counted):
 
     @property
     def weights(self) -> int:  # type: ignore[override]
+        """Number of weights of all layers."""
         return sum(layer.weights for layer in self.layers)
 
     @property
     def zeros(self) -> int:  # type: ignore[override]
+        """Number of zeros of all layers."""
         return sum(layer.zeros for layer in self.layers)
 
 
 @dataclass(frozen=True)
 class SparsityReport(Report):
-    """``print(report)`` for the table; ``to_dict``, ``save_json``, ``save_markdown`` and ``plot`` for the rest.
+    """Sparsity per layer: ``print(report)``, ``to_dict``, ``save_json``, ``save_markdown``, ``plot``.
 
-    ``groups``: one for each pruner of the configuration. ``dense``: the weights that no pruner took, with the reason.
-    ``parameters`` and ``zeros`` are of the whole model.
+    ``groups``: one per pruner of the configuration. ``dense``: the weights that no pruner took, with the reason.
+    ``parameters`` and ``zeros`` count the whole model. ``step`` is None for a saved model without a pruner's state.
     """
 
     step: int | None
@@ -88,16 +92,17 @@ class SparsityReport(Report):
 
     @property
     def sparsity(self) -> float:
-        """Zeros among all parameters of the model, biases and embeddings included."""
+        """The share of zeros among all parameters of the model, biases and embeddings included."""
         return self.zeros / self.parameters if self.parameters else 0.0
 
     @property
     def reached(self) -> float:
-        """Zeros among the weights that take part."""
+        """The share of zeros among the weights that take part."""
         weights = sum(group.weights for group in self.groups)
         return sum(group.zeros for group in self.groups) / weights if weights else 0.0
 
     def to_dict(self) -> dict[str, Any]:
+        """The report as plain data; shares are in [0, 1]."""
         groups = []
         for group in self.groups:
             layers = [{**asdict(layer), "reached": layer.reached} for layer in group.layers]
@@ -128,7 +133,7 @@ class SparsityReport(Report):
         return "\n".join(lines)
 
     def draw(self, bars: Bars) -> None:
-        """The share of zeros reached, and a line at what was asked of the layer's group."""
+        """A bar per layer at the sparsity reached, and a line at the sparsity asked of its pruner."""
         rows = [layer for group in self.groups for layer in group.layers] + list(self.dense)
         bars.names, bars.notes = [row.name for row in rows], [f"{row.reached:.1%}" for row in rows]
         bars.shares, bars.heading = True, f"{self.sparsity:.1%} of {self.parameters:,} parameters are zero"
@@ -148,6 +153,7 @@ def _table(layers: Sequence[LayerSparsity]) -> str:
 
 
 def title(where: str, options: PrunerOptions) -> str:
+    """A pruner on one line: where it is configured, its criterion, pattern, scope and schedule."""
     if options.kind == LOCK:
         return f"{where}: pattern_lock, today's zeros stay"
     when = f"step {options.start_step}"
@@ -158,7 +164,7 @@ def title(where: str, options: PrunerOptions) -> str:
 
 
 def report_of(model: nn.Module, groups: Sequence[MaskGroup], step: int, metrics: Mapping[str, Any]) -> SparsityReport:
-    """Under ``fully_shard`` every rank must ask for it: zeros are summed over the ranks."""
+    """The report of a live run. Collective under ``fully_shard``: zeros are summed over the ranks."""
     rows = []
     for group in groups:
         share = group.sparsity(step) if group.updated_at >= 0 else 0.0
@@ -178,7 +184,7 @@ def report_of(model: nn.Module, groups: Sequence[MaskGroup], step: int, metrics:
 
 
 def report_of_saved(model: Mapping[str, Any], pruner: Mapping[str, Any] | None) -> SparsityReport:
-    """From a state dict and, when there is one, the state of its pruner."""
+    """The report of a state dict and, when there is one, of the state of its pruner."""
     state = _parameters(model)
     rows, skipped = [], []
     for i, (options, group) in enumerate(_groups(pruner)):
@@ -199,13 +205,13 @@ def report_of_saved(model: Mapping[str, Any], pruner: Mapping[str, Any] | None) 
 
 
 def _parameters(model: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The floating-point tensors of a state dict without the running statistics of norms, which are no parameters."""
+    """The floating-point tensors of a state dict, without the running statistics of norms."""
     floats = {name: value for name, value in model.items() if isinstance(value, Tensor) and value.is_floating_point()}
     return {name: value for name, value in floats.items() if not name.endswith(("running_mean", "running_var"))}
 
 
 def _once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tied weights under the first of their names only, as ``named_parameters`` has them."""
+    """Tied weights once, under the first of their names, as in ``named_parameters``."""
     first: dict[Any, str] = {}
     for name, value in state.items():
         here = local(value)
@@ -239,7 +245,7 @@ def _zeros(tensor: Tensor) -> int:
 def _dense(
     pruned: set[str], skipped: Sequence[Sequence[Skipped]], state: Mapping[str, Tensor], everything: bool = False
 ) -> tuple[LayerSparsity, ...]:
-    """The weights that no pruner took, each with the reason of the last pruner that looked at it."""
+    """The weights that no pruner took, each with the reason of the last pruner that considered it."""
     reasons = {each.layer: each for group in skipped for each in group if each.reason}
     rows = []
     for name, tensor in state.items():

@@ -1,7 +1,7 @@
-"""Weights that are spread over ranks by ``fully_shard`` (FSDP2), and what ranks must tell each other.
+"""Weights sharded over ranks by ``fully_shard`` (FSDP2), and the collectives that pruning them needs.
 
-Each rank scores and masks its own slice. A unit that reaches over a slice's border belongs to the rank that holds its
-first weight; for such units alone, partial scores and then verdicts are summed over the ranks.
+Each rank scores and masks its own shard. A unit that spans a shard border belongs to the rank that holds its first
+weight; for such units alone, partial scores and then verdicts are summed over the ranks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pruning_core.selection import Layout
 
 
 class RankGroup:
-    """The ranks that hold slices of one weight, in slice order."""
+    """The ranks that hold shards of one weight, in shard order."""
 
     def __init__(self, handle: dist.ProcessGroup) -> None:
         self.handle = handle
@@ -31,10 +31,12 @@ class RankGroup:
         self.members = dist.get_process_group_ranks(handle)
 
     def sum_(self, x: Tensor) -> Tensor:
+        """All-reduces ``x`` in place and returns it: the sum over the ranks."""
         dist.all_reduce(x, group=self.handle)
         return x
 
     def max_(self, x: Tensor) -> Tensor:
+        """All-reduces ``x`` in place and returns it: the maximum over the ranks."""
         dist.all_reduce(x, dist.ReduceOp.MAX, group=self.handle)
         return x
 
@@ -46,12 +48,12 @@ class RankGroup:
 
 
 def local(x: Tensor) -> Tensor:
-    """The part of a tensor that is stored here."""
+    """The local shard of a DTensor; an ordinary tensor itself."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def reshard(model: nn.Module) -> None:
-    """Puts slices back in place: a forward pass without a backward pass leaves the outermost weights gathered."""
+    """Reshards FSDP2 modules: a forward pass without a backward pass leaves the root's parameters gathered."""
     if dist.is_available() and dist.is_initialized():
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -59,7 +61,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def shard_groups(parameter: Tensor) -> list[RankGroup]:
-    """The ranks over which a parameter is spread, however: one entry per mesh axis, none for an ordinary tensor."""
+    """One ``RankGroup`` per mesh axis over which a parameter is not replicated; none for an ordinary tensor."""
     if not isinstance(parameter, DTensor):
         return []
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -67,7 +69,7 @@ def shard_groups(parameter: Tensor) -> list[RankGroup]:
 
 
 def shard_group(name: str, parameter: Tensor) -> RankGroup | None:
-    """The ranks over which a parameter is sharded along its first axis, None for an ordinary tensor."""
+    """The ranks over which a parameter is sharded along its first axis; None for an ordinary tensor."""
     if not isinstance(parameter, DTensor):
         return None
     mesh, found = parameter.device_mesh, None
@@ -84,31 +86,31 @@ def shard_group(name: str, parameter: Tensor) -> RankGroup | None:
 
 @dataclass(frozen=True)
 class Slice:
-    """Where this rank's slice of a weight lies, along the one (G, O, K, I) axis that is sharded."""
+    """This rank's shard of a weight, along the one (G, O, K, I) axis that is sharded."""
 
     group: RankGroup
     axis: int
     bounds: tuple[tuple[int, int], ...]
-    """(first, last + 1) of every rank along the axis."""
+    """``(first, last + 1)`` of each rank along the axis."""
 
     def crossing(self, extent: int) -> list[int]:
-        """Unit rows along the axis that more than one rank holds."""
+        """The unit rows along the axis that span a shard border."""
         borders = {first for first, end in self.bounds if first < end and first % extent}
         return sorted({border // extent for border in borders})
 
     def owned(self, extent: int) -> slice:
-        """The rows of this rank's unit grid whose first weight it holds itself."""
+        """The rows of this rank's unit grid that it owns: it holds their first weight."""
         first, end = self.bounds[self.group.rank]
         return slice(1 if first % extent else 0, None) if first < end else slice(0, 0)
 
     def rows_here(self, extent: int) -> range:
-        """The unit rows that this rank's grid shows."""
+        """The unit rows that this rank's shard touches."""
         first, end = self.bounds[self.group.rank]
         return range(first // extent, -(-end // extent)) if first < end else range(0)
 
 
 class Place(NamedTuple):
-    """How the part of a weight that is stored here is read: layout, region and, when it is sharded, the slice."""
+    """How the local part of a weight is read: layout, region and, when it is sharded, the slice."""
 
     layout: Layout
     region: Region
@@ -116,6 +118,7 @@ class Place(NamedTuple):
 
 
 def place(name: str, parameter: Tensor, layout: Layout, pattern: Pattern) -> Place:
+    """Where the local part of a parameter lies; ValueError where the pattern does not fit the shards."""
     shape = layout.shape(parameter.shape)
     group = shard_group(name, parameter)
     if group is None:
@@ -145,7 +148,7 @@ def place(name: str, parameter: Tensor, layout: Layout, pattern: Pattern) -> Pla
 
 
 def common_group(where: str, places: Mapping[str, Place]) -> RankGroup | None:
-    """The ranks that hold slices of all these weights, None when all are whole; ValueError for a mixture."""
+    """The ranks that shard all these weights, None when all are whole; ValueError for a mixture."""
     groups = {name: each.slice.group if each.slice else None for name, each in places.items()}
     holders = {name: f"over ranks {group.members}" if group else "whole" for name, group in groups.items()}
     first = next(iter(holders))
@@ -159,7 +162,7 @@ def common_group(where: str, places: Mapping[str, Place]) -> RankGroup | None:
 
 
 def agree(grids: Sequence[Tensor], places: Sequence[Place], operation: Literal["sum", "max"]) -> None:
-    """Completes, in place, the entries of units that reach over slice borders; one all-reduce for all weights."""
+    """Completes, in place, the entries of units that span shard borders; one all-reduce for all weights."""
     parts, views = [], []
     for grid, (_, region, piece) in zip(grids, places, strict=True):
         if piece is None:

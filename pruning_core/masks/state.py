@@ -1,4 +1,4 @@
-"""The state of a pruning run as tensors and plain data, and the way back."""
+"""The state of a pruning run as tensors and plain data, and back."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ VERSION = 1
 
 
 def state_of(config: WeightPruningConfig, clocks: Sequence[Clock], groups: Sequence[MaskGroup]) -> dict[str, Any]:
+    """Version, configuration, shard, clocks and, per group, masks (packed bits) and scores."""
     ranks = next((group.ranks for group in groups if group.ranks is not None), None)
     return {
         "version": VERSION,
@@ -27,7 +28,7 @@ def state_of(config: WeightPruningConfig, clocks: Sequence[Clock], groups: Seque
 def load_state(
     state: dict[str, Any], config: WeightPruningConfig, clocks: Sequence[Clock], groups: Sequence[MaskGroup]
 ) -> None:
-    """Checks everything first, so that a state that does not fit changes nothing."""
+    """Restores in place. Checks everything first, so that a state that does not fit changes nothing."""
     check(state, config, clocks, groups)
     for clock, each in zip(clocks, state["clocks"], strict=True):
         clock.load_state_dict(each)
@@ -38,6 +39,7 @@ def load_state(
 def check(
     state: dict[str, Any], config: WeightPruningConfig, clocks: Sequence[Clock], groups: Sequence[MaskGroup]
 ) -> None:
+    """ValueError for a state of another version, configuration, model, sharding or number of optimizers."""
     if not isinstance(state, dict) or not {"version", "config", "clocks", "groups", "slice"} <= state.keys():
         raise ValueError("load_state_dict: not the state of a pruner; pass what pruner.state_dict() gave")
     if state["version"] != VERSION:

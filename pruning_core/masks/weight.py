@@ -1,7 +1,7 @@
 """One weight with its mask and its running score.
 
-Masks are stored as int8, -1 = kept and 0 = cut: sign-extended to the width of the weight, the mask and the weight's
-own bits are one vectorised *and*, which leaves exact +0.0 whatever stood there.
+Masks are stored as int8, -1 = kept and 0 = cut. Sign-extended to the width of the weight, a mask is applied by one
+vectorised bitwise *and*, which leaves exact +0.0 whatever stood there.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class MaskedWeight:
-    """``keep`` cuts the weight; ``whole_units`` is the part of it made of whole units (another tensor only while
-    progressive pruning is between the two). ``score`` is folded into units when the fold is linear. ``sizes``: weights
-    per unit, of the units seen here; ``largest`` and ``capacity``: the largest and all of them, over all ranks."""
+    """A target with its mask ``keep`` and its running ``score``, which is stored per unit where the fold is linear.
+
+    ``whole_units`` is the mask made of whole units; it differs from ``keep`` only between the structured updates of
+    progressive pruning. ``sizes``: weights per unit of the local unit grid. ``largest`` and ``capacity``: the size of
+    the largest unit and of all units together, over all ranks.
+    """
 
     def __init__(self, target: Target, options: PrunerOptions) -> None:
         self.target, self.options = target, options
-        self.pattern = parse_pattern("1x1") if options.kind == LOCK else options.parsed_pattern  # no units to respect
+        self.pattern = parse_pattern("1x1") if options.kind == LOCK else options.parsed_pattern  # it has no units
         self.place: Place = place(target.name, target.parameter, target.layout, self.pattern)
         self.parameter = target.parameter
         here = local(target.parameter)
@@ -49,11 +52,14 @@ class MaskedWeight:
 
     @property
     def weights(self) -> int:
-        """Number of weights in all, over all ranks."""
+        """Number of weights, over all ranks."""
         return self.target.parameter.numel()
 
     def weight(self) -> Tensor:
-        """The weight stored here, without autograd but with its version counter."""
+        """The local weight, without autograd but with its version counter; moves the mask to its device.
+
+        RuntimeError when the parameter was replaced or has another shape.
+        """
         parameter = self.target.parameter
         here = local(parameter.detach())
         if parameter is not self.parameter or tuple(here.shape) != self.shape:
@@ -73,10 +79,12 @@ class MaskedWeight:
         self.sizes = self.sizes if isinstance(self.sizes, int) else self.sizes.to(device)
 
     def gradient(self) -> Tensor | None:
+        """The local gradient, or None."""
         gradient = self.target.parameter.grad
         return None if gradient is None else local(gradient.detach())
 
     def apply_(self) -> None:
+        """Zeroes the cut weights in place."""
         mask_(self.weight(), self.keep)
 
     def view(self, x: Tensor) -> Tensor:
@@ -84,7 +92,7 @@ class MaskedWeight:
         return self.place.layout.view(x)
 
     def observe(self, rate: Tensor | float, bad: Tensor | None) -> None:
-        """Takes this step's gradient into the score. ``rate`` undoes a loss scale; where ``bad``, nothing changes."""
+        """Updates the score with this step's gradient; ``rate`` undoes a loss scale, ``bad`` skips the update."""
         weight, gradient = self.weight(), self.gradient()
         criterion = self.options.criterion
         if gradient is None:
@@ -97,7 +105,7 @@ class MaskedWeight:
         old = self.score
         if old is None:
             old = self.score = torch.zeros_like(new)
-        if bad is not None:  # the verdict is on a device: choose there, without waiting for it
+        if bad is not None:  # a flag on the device: select there, without a host sync
             decay = self.options.momentum_decay if criterion.accumulates else 0.0
             self.score = torch.where(bad, old, old * decay + new * gain)
         elif not criterion.accumulates:
@@ -110,14 +118,14 @@ class MaskedWeight:
             old.add_(new, alpha=gain)
 
     def fold(self, score: Tensor) -> Tensor:
-        """Stored shape -> the unit grid of what is here, with edge units on their own scale."""
+        """Stored shape -> local unit grid; for "mean" each unit is divided by its own size."""
         grid = self.pattern.fold(self.view(score), self.place.region, self.options.criterion_reduce_type)
         if self.options.criterion_reduce_type != "mean":
             return grid
         return grid if isinstance(self.sizes, int) and self.sizes == 1 else grid / self.sizes
 
     def _here(self, grid: Tensor) -> Tensor:
-        """The part of a whole weight's unit grid that this rank sees."""
+        """The part of a whole weight's unit grid that this rank's shard touches."""
         piece = self.place.slice
         if piece is None:
             return grid
@@ -125,7 +133,7 @@ class MaskedWeight:
         return grid.narrow(piece.axis, min(rows.start, grid.shape[piece.axis]), len(rows))
 
     def _raw_elements(self) -> Tensor:
-        """Sums that no unit has finished yet, in the stored shape; only for weights that do not store units."""
+        """Element scores before ``Criterion.finish``, in the stored shape; not where units are stored."""
         criterion = self.options.criterion
         if not criterion.needs_gradient:
             return criterion.each_step(criterion.score(self.weight(), None))
@@ -133,16 +141,16 @@ class MaskedWeight:
         return self.score
 
     def element_scores(self) -> Tensor:
-        """Each weight as a unit of its own, in the stored shape."""
+        """The score of each element as a unit of its own, in the stored shape."""
         return self.options.criterion.finish(self._raw_elements())
 
     @property
     def folds_fast(self) -> bool:
-        """Unit scores are cheap enough to be computed again for every digit of the selection."""
+        """Whether unit scores are cheap enough to be recomputed for every digit of the selection."""
         return self.pattern.folds_linearly
 
     def unit_sums(self) -> Tensor:
-        """The unit grid before ``finish_units``, partial where a unit reaches over the border of a slice."""
+        """The unit grid before ``finish_units``; partial where a unit spans a shard border."""
         criterion = self.options.criterion
         if not self.stores_units:
             return self.fold(self._raw_elements() if self._finishes_units else self.element_scores())
@@ -152,20 +160,20 @@ class MaskedWeight:
         return criterion.each_step(self.fold(criterion.score(self.weight(), None)))
 
     def finish_units(self, sums: Tensor) -> Tensor:
-        """The unit grid of scores, of sums that are complete over all ranks."""
+        """The unit grid of scores, from sums that are complete over all ranks."""
         return self.options.criterion.finish(sums) if self._finishes_units else sums
 
     @property
     def _finishes_units(self) -> bool:
-        """Sums of weights can be finished as a whole; where a unit picks among its weights, each finishes its own."""
+        """Whether sums over units are finished; else elements are, since a unit picks among them (N:M, max)."""
         return self.pattern.folds_linearly and self.options.criterion_reduce_type != "max"
 
     def alive(self) -> Tensor:
-        """Unit grid: not cut yet."""
+        """Bool unit grid: not cut yet."""
         return self.pattern.alive(self.view(self.whole_units), self.place.region)
 
     def owned(self, grid: Tensor) -> Tensor:
-        """The part of a unit grid that this rank decides on."""
+        """The part of a unit grid that this rank owns."""
         piece = self.place.slice
         if piece is None:
             return grid
@@ -173,45 +181,48 @@ class MaskedWeight:
         return grid[(slice(None),) * piece.axis + (rows,)]
 
     def flat(self, grid_or_view: Tensor) -> Tensor:
-        """In the order in which the weight is stored; ties are broken by it."""
+        """Flattened in storage order, in which ties are broken."""
         return self.place.layout.stored_order(grid_or_view).flatten()
 
     def unflat(self, flat: Tensor, like: Tensor) -> Tensor:
+        """The inverse of ``flat``, for a tensor shaped as ``like``."""
         order = self.place.layout
         return order.from_stored_order(flat.view(order.stored_order(like).shape))
 
     def cut_units_(self, cut: Tensor) -> None:
-        """Cuts the units of a bool grid (those of this rank and, at borders, of its neighbours)."""
+        """Cuts the units of a bool grid (True = cut) from ``whole_units``; the weight does not change."""
         newly = cut & self.alive()
         score = None if self.pattern.folds_linearly else self.view(self.element_scores())
         keep = self.pattern.spread(~newly, score, self.place.region)
         self.whole_units.mul_(self.place.layout.store(keep, self.shape))
 
     def zeros(self) -> Tensor:
-        """How many of the weights stored here are zero, counted from the weights."""
+        """0-dim int64: number of zeros in the local weight, counted from its values."""
         weight = self.weight()
         return weight.numel() - torch.count_nonzero(weight)
 
 
 def mask_(weight: Tensor, keep: Tensor) -> None:
-    """``weight <- weight where keep, else +0.0``; in place, no new storage."""
+    """``w = w where keep else +0.0``, in place and without a copy; ``keep``: int8, -1 = kept, 0 = cut."""
     weight.view(BITS[weight.element_size()]).bitwise_and_(keep)
 
 
 def pack(keep: Tensor) -> Tensor:
-    """A mask as bits, eight to a byte."""
+    """A mask as packed bits (uint8)."""
     return torch.from_numpy(pack_bits((keep != 0).cpu().numpy()))
 
 
 def unpack(bits: Tensor, like: Tensor) -> Tensor:
-    """The inverse of ``pack``."""
+    """The inverse of ``pack``: an int8 mask shaped as ``like``."""
     flags = unpack_bits(bits.cpu().numpy(), like.numel())
     return torch.from_numpy(flags.view(np.int8)).neg().view(like.shape).to(like.device)
 
 
 def checksum(keep: Tensor) -> int:
+    """CRC-32 of the packed mask."""
     return zlib.crc32(pack(keep).numpy().tobytes())
 
 
 def to_plain(score: Tensor | None) -> Any:
+    """A score as it is saved: contiguous, or None."""
     return None if score is None else score.contiguous()

@@ -1,4 +1,4 @@
-"""The packed sparse file: zeros as a bitmap over units, kept values behind it. ``FORMAT.md`` specifies the bytes."""
+"""Packed sparse safetensors: a bitmap over units, and the values that are kept. ``FORMAT.md`` specifies the bytes."""
 
 from pruning_core.sparse_format.sparse_file import load_sparse as load_sparse
 from pruning_core.sparse_format.sparse_file import load_sparse_into as load_sparse_into

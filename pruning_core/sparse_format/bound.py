@@ -1,4 +1,4 @@
-"""How small a weight can be: the entropy of what the file has to say, if mantissas and signs are noise."""
+"""A lower bound on the packed size of a weight: its entropy, with signs and mantissas as noise."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ EXPONENT_BITS = {"F64": 11, "F32": 8, "F16": 5, "BF16": 8}
 def bound_bytes(weight: Tensor, units: Units, dtype: str) -> float:
     """``units * H(share) + stored * (sign and mantissa bits + H(exponents))``, in bytes.
 
-    The mask of N:M is a choice of ``C(M, N)`` for each group. Exponents are
-    taken as independent of their neighbours, and so are the units.
+    ``H(share)`` is the entropy of kept or not, per unit; for N:M it is ``log2 C(M, N)`` per group. Units and exponents
+    are taken as independent.
     """
     bits = as_bits(weight)
     kept = nonzero(bits)

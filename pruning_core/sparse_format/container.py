@@ -1,8 +1,8 @@
-"""A ``.safetensors`` file, written as a stream and read with every claim checked.
+"""Writes a ``.safetensors`` file as a stream, and checks every claim of one that is read.
 
-The metadata hold, beside ``format: pt``, a table of all tensors with the CRC-32 of each, and the CRC-32 of the table.
-The safetensors library neither writes a file whose sizes are found on the way nor tells a duplicate name; it reads
-what is written here.
+Beside ``format: pt`` the metadata hold a table of all tensors with the CRC-32 of each, and the CRC-32 of the table.
+The safetensors library reads these files. It can neither write a file whose sizes are not known in advance nor reject
+duplicate names.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the file: as it lies there, and what the table says of it."""
+    """One tensor of the file: dtype, shape and bytes by the header, and its entry in the table (``note``)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -65,9 +65,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
+    """A checked header: the tensors, and ``start``, the position of the first byte of data."""
+
     entries: dict[str, Entry]
     about: dict[str, Any]
-    """What the whole file says: everything in its metadata's JSON but the table."""
+    """The JSON of the metadata without the table: ``version``, ``aliases``, ``metadata``."""
     start: int
 
 
@@ -76,7 +78,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Row:
-    """A tensor that is to be written. Its bytes are ``data``, or lie in the scratch file."""
+    """A tensor to be written. Its bytes are ``data``; None: they are in the scratch file."""
 
     name: str
     dtype: str
@@ -88,11 +90,12 @@ class Row:
 
 
 def dense_row(name: str, dtype: torch.dtype, shape: Sequence[int], data: Piece) -> Row:
+    """A tensor that is stored as it is."""
     return Row(name, NAMES[dtype], tuple(shape), len(data), zlib.crc32(data), {}, data)
 
 
 def scratch_row(name: str, pieces: Iterable[Piece], note: Mapping[str, Any], scratch: BinaryIO) -> Row:
-    """Writes the bytes to the scratch file at once, so that only one tensor's are in memory."""
+    """A packed tensor. Its bytes go to the scratch file at once, so that only one tensor is in memory."""
     length, crc32 = 0, 0
     for piece in pieces:
         scratch.write(piece)
@@ -101,7 +104,7 @@ def scratch_row(name: str, pieces: Iterable[Piece], note: Mapping[str, Any], scr
 
 
 def write(path: Path, about: Mapping[str, Any], rows: Sequence[Row], scratch: BinaryIO) -> None:
-    """Tensors of ``data`` first, wide numbers before narrow ones: all are aligned. Then the scratch file."""
+    """Writes header, dense tensors (wide dtypes first: all are aligned) and scratch file, atomically."""
     ordered = sorted(rows, key=lambda row: (row.data is None, -DTYPES[row.dtype].itemsize))
     header = _header(about, ordered)
     scratch.seek(0)
@@ -123,7 +126,7 @@ def _header(about: Mapping[str, Any], rows: Sequence[Row]) -> bytes:
 
 
 def _encoded(metadata: Mapping[str, str], tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
-    """The header of tensors that lie one after the other, filled up so that the first begins at a multiple of eight."""
+    """The header of consecutive tensors, padded with spaces so that the first begins at a multiple of eight."""
     entries, position = {}, 0
     for name, dtype, shape, nbytes in tensors:
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + nbytes]}
@@ -140,7 +143,7 @@ def _encoded(metadata: Mapping[str, str], tensors: Iterable[tuple[str, str, Sequ
 def write_plain(
     path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], read: Callable[[str], Piece]
 ) -> None:
-    """An ordinary file of tensors that ``read(name)`` brings one at a time."""
+    """Writes an ordinary safetensors file; ``read(name)`` returns the bytes of one tensor at a time."""
     ordered = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
     sizes = (
         (n, NAMES[tensors[n][0]], tensors[n][1], math.prod(tensors[n][1]) * tensors[n][0].itemsize) for n in ordered
@@ -159,7 +162,7 @@ def write_plain(
 
 
 def read_header(file: BinaryIO) -> Header:
-    """The header, with names, sizes and the table checked against each other and the length of the file."""
+    """The header; CheckpointError unless names, sizes, table and length of the file agree."""
     size = file.seek(0, 2)
     file.seek(0)
     raw = file.read(8)
@@ -233,7 +236,7 @@ def _entry(name: str, plain: Any, note: Any) -> Entry:
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """What is wrong is said with the name of the file or tensor that it is wrong with."""
+    """Puts the name of a file or tensor before the message of a CheckpointError."""
     try:
         yield
     except CheckpointError as error:
@@ -253,7 +256,7 @@ def _checked(plain: Any, note: Any) -> Entry:
 
 
 def read_shape(shape: Sequence[Any]) -> tuple[int, ...]:
-    """Axes that numpy and torch can have, multiplied no further than to what a file can hold."""
+    """The shape; CheckpointError for one that numpy and torch cannot have, or of 2**48 elements or more."""
     size = 1
     for length in shape[: MOST_AXES + 1]:
         size *= max(length, 1) if type(length) is int and 0 <= length < LARGEST else LARGEST
@@ -270,7 +273,7 @@ def _first_other(table: Mapping[str, Any], plain: Mapping[str, Any]) -> str:
 
 
 def read_bytes(file: BinaryIO, header: Header, name: str) -> Bytes:
-    """The bytes of one tensor, and CheckpointError where they are not those that were written."""
+    """The bytes of one tensor; CheckpointError where the file is cut short or their CRC-32 differs."""
     entry = header.entries[name]
     file.seek(header.start + entry.begin)
     data = np.empty(entry.end - entry.begin, dtype=np.uint8)

@@ -1,10 +1,10 @@
-"""One weight as a row of bytes that says itself what it is, and back, bit for bit.
+"""One weight as a self-describing row of bytes, and back, bit for bit.
 
-    "PCsp" | length of the head | CRC-32 of the head | head, JSON | the streams one after the other
+Layout: ``"PCsp" | length of the head | CRC-32 of the head | head, JSON | streams, one after the other``.
 
-The head: dtype and shape of the weight, its units, how many values are stored, how many of all are zero, and of each
-stream its name, coding and length, with the CRC-32 of them all. ``mask`` says where values are stored (see ``units``);
-``values`` are these values, or ``exponents`` and ``rest`` the two halves of them (see ``streams``); ``signs`` are the
+The head: dtype and shape of the weight, its units, the number of stored values, the number of zeros, name, coding and
+length of each stream, and the CRC-32 of all streams. Stream ``mask`` says where values are stored (see ``units``).
+``values`` are these values, or ``exponents`` and ``rest`` the two halves of them (see ``streams``). ``signs`` are the
 signs of the zeros that are not stored, where some are negative.
 """
 
@@ -46,15 +46,17 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CODECS = ("raw", "entropy")
 WORTH = 0.9
-"""Of the dense bytes; above it a weight is left as it is."""
-MAX_EXPANSION = 4096
+"""The largest share of the dense bytes that is worth packing."""
+MAX_EXPANSION = 4096  # a bit may stand for a whole channel of zeros, but a model is not made of them
 ALWAYS_FITS = 2**26
 NOISE = 0.78
-"""Of a value's bits, Huffman codes leave about this much: it decides between units, not what is stored."""
+"""The share of its bits that a Huffman-coded value takes, about; only for the choice of units."""
 
 
 @dataclass(frozen=True)
 class Head:
+    """The head of a packed weight; ``streams``: (name, coding, length in bytes) each."""
+
     dtype: str
     shape: tuple[int, ...]
     units: units_of.Units
@@ -65,6 +67,7 @@ class Head:
     crc32: int
 
     def to_plain(self) -> dict[str, Any]:
+        """The head as plain data, in the order in which it is written."""
         streams = [list(stream) for stream in self.streams]
         plain = {"dtype": self.dtype, "shape": list(self.shape), "units": units_of.to_plain(self.units)}
         return (
@@ -75,15 +78,17 @@ class Head:
 
     @property
     def nbytes(self) -> int:
-        """Of the weight that comes out."""
+        """Number of bytes of the unpacked weight."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     @property
     def stored_dtype(self) -> torch.dtype:
+        """The dtype of the stored values; at most as wide as that of the weight."""
         return DTYPES[self.values]
 
     @property
     def payload(self) -> int:
+        """Number of bytes of all streams."""
         return sum(length for _, _, length in self.streams)
 
 
@@ -91,7 +96,10 @@ class Head:
 
 
 def kept_of(weight: Tensor) -> NDArray[np.bool_] | None:
-    """Where the weight is not zero, by its bits: torch may flush denormals. None where zeros are too few to pay."""
+    """Bool: where the weight is not zero, by its bits, since torch may flush denormals.
+
+    None for a weight that is not packed: not floating point, fewer than two axes, or more than ``WORTH`` is kept.
+    """
     if weight.dtype not in NAMES or weight.dim() < 2 or not weight.numel():
         return None
     kept = nonzero(as_bits(weight))
@@ -101,7 +109,7 @@ def kept_of(weight: Tensor) -> NDArray[np.bool_] | None:
 def pack(
     weight: Tensor, kept: NDArray[np.bool_], codec: str, values: str, units: units_of.Units | None = None
 ) -> tuple[Head, list[Piece]] | None:
-    """The head and the pieces that follow each other in the file; None where they are not a tenth smaller."""
+    """The head, and the pieces to write one after the other; None where they exceed ``WORTH`` of the dense bytes."""
     bits = as_bits(weight.to(DTYPES[values]))
     if values != NAMES[weight.dtype]:
         kept = nonzero(bits)  # what is rounded may have become zero
@@ -138,7 +146,7 @@ def _crc32(pieces: Iterable[Piece]) -> int:
 
 
 def _signs(bits: NDArray[Any], stored: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
-    """Which of the zeros that are not stored are negative: ``weight * mask`` leaves such. None where there are none."""
+    """Which zeros that are not stored are -0.0, as ``weight * mask`` leaves them; None where there are none."""
     negative = np.array(1 << (8 * bits.itemsize - 1), dtype=bits.dtype)
     signs: NDArray[np.bool_] = bits == negative
     signs &= ~stored
@@ -151,7 +159,7 @@ def _start(head: Head) -> bytes:
 
 
 def as_bits(weight: Tensor) -> NDArray[np.unsignedinteger]:
-    """The weight's own memory as unsigned integers, where it is on the CPU and contiguous."""
+    """The weight as unsigned integers; a view where it is contiguous and on the CPU."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize]
     return weight.detach().cpu().contiguous().view(integer).numpy().view(BITS[weight.itemsize])
 
@@ -160,7 +168,7 @@ def as_bits(weight: Tensor) -> NDArray[np.unsignedinteger]:
 
 
 def unpack(data: Bytes, expected: Head | None = None) -> Tensor:
-    """The weight in ``data``, or CheckpointError that says what is wrong with it. The caller may have ``expected``."""
+    """The weight in ``data``; CheckpointError for damaged bytes, or a head that differs from ``expected``."""
     head, body = open_(data)
     if expected not in (None, head):
         raise CheckpointError("has a head that differs from what the table says of it")
@@ -207,7 +215,7 @@ def _decoded(head: Head, pieces: dict[str, Stream], name: str) -> Bytes:
 
 
 def open_(data: Bytes) -> tuple[Head, Bytes]:
-    """The head, checked, and what follows it."""
+    """The checked head, and the bytes after it."""
     if len(data) < START.size:
         raise CheckpointError(f"is cut short, at {len(data)} bytes")
     magic, length, crc32 = START.unpack(data[: START.size].tobytes())
@@ -229,6 +237,7 @@ def _json(text: bytes) -> Any:
 
 
 def read_head(plain: Any) -> Head:
+    """The head from parsed JSON; CheckpointError where a field is missing, unknown or contradicts another."""
     match plain:
         case {
             "dtype": str(dtype),
@@ -265,7 +274,7 @@ def _stream(plain: Any) -> tuple[str, str, int]:
 
 
 def _check(head: Head) -> None:
-    """What can be said without the streams, and before anything is made as large as the head says."""
+    """Checks the head alone, before anything of the size that it claims is allocated."""
     count, names = math.prod(head.shape), [name for name, _, _ in head.streams]
     if names not in (
         ["mask", *form, *signs] for form in (["values"], ["exponents", "rest"]) for signs in ([], ["signs"])
@@ -283,13 +292,13 @@ def _check(head: Head) -> None:
 
 
 def check_expansion(nbytes: int, stored: int) -> None:
-    """A bit may stand for a whole channel of zeros, but a model is not made of them."""
+    """CheckpointError where ``stored`` bytes unpack to more than ``ALWAYS_FITS + MAX_EXPANSION * stored``."""
     if nbytes > ALWAYS_FITS + MAX_EXPANSION * stored:
         raise CheckpointError(f"would become {nbytes:,} bytes, got {stored:,} that are stored; no model is as empty")
 
 
 def _length(head: Head, name: str) -> int:
-    """Of a stream when it is decoded."""
+    """Number of bytes of a stream when it is decoded."""
     size = DTYPES[head.values].itemsize
     count = math.prod(head.shape)
     return {

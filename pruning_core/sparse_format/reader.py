@@ -1,4 +1,4 @@
-"""Reads a packed file tensor by tensor; what is wrong with it is a CheckpointError that names file and tensor."""
+"""Reads a packed file tensor by tensor; errors are CheckpointErrors that name file and tensor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pruning_core.sparse_format.packed import Head
 
 
 class PackedReader:
-    """An open file whose header was checked. ``heads`` has what the table says of packed weights, None of others."""
+    """An open packed file with a checked header. ``heads``: name -> head of a packed weight, None for other tensors."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -31,30 +31,32 @@ class PackedReader:
         return iter(self.heads)
 
     def check_size(self, more: int) -> None:
-        """All tensors together, and ``more`` bytes, must not become far more than what is stored."""
+        """Bounds what all tensors and ``more`` bytes unpack to by what is stored (``check_expansion``)."""
         stored = sum(self.stored(name) for name in self)
         packed.check_expansion(sum(map(self.nbytes, self)) + more, stored)
 
     def stored(self, name: str) -> int:
-        """Bytes in the file."""
+        """Number of bytes of a tensor in the file."""
         entry = self.header.entries[name]
         return entry.end - entry.begin
 
     def nbytes(self, name: str) -> int:
-        """Bytes of the tensor that comes out."""
+        """Number of bytes of a tensor once it is unpacked."""
         head = self.heads[name]
         return head.nbytes if head else self.stored(name)
 
     def kind(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """The dtype and shape of a tensor once it is unpacked."""
         head, entry = self.heads[name], self.header.entries[name]
         return (packed.DTYPES[head.dtype], head.shape) if head else (container.DTYPES[entry.dtype], entry.shape)
 
     def check(self, name: str) -> None:
-        """That its bytes are those that were written."""
+        """CheckpointError unless the bytes of a tensor have the CRC-32 in the table."""
         with named(name):
             container.read_bytes(self.file, self.header, name)
 
     def read(self, name: str) -> Tensor:
+        """A tensor, unpacked, on the CPU."""
         with named(name):
             head = self.heads[name]
             if head is not None:
@@ -66,6 +68,7 @@ class PackedReader:
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[PackedReader]:
+    """``with opened(path) as reader``: the file is closed at the end."""
     try:
         with readable(path), Path(path).open("rb") as file, named(str(path)):
             yield PackedReader(file)

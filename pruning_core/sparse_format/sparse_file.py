@@ -35,7 +35,7 @@ BAR_FROM = 2**30
 
 @dataclass(frozen=True)
 class Packing:
-    """How weights are packed: what was asked for, checked."""
+    """Checked options of packing; ``pattern`` is None for "auto"."""
 
     codec: str
     values: str
@@ -43,6 +43,7 @@ class Packing:
 
     @classmethod
     def of(cls, codec: str, values: str, pattern: str) -> Packing:
+        """Checks the options of ``save_sparse``; ValueError for an unknown one."""
         for option, value, allowed in (("codec", codec, CODECS), ("values", values, tuple(VALUES))):
             if value not in allowed:
                 raise ValueError(f"{option}: is unknown, got {value!r:.40}; use one of {', '.join(allowed)}")
@@ -58,11 +59,18 @@ def save_sparse(
     pattern: str = AUTO,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes weights that hold many zeros packed, and all other tensors as they are.
+    """Writes a model or state dict as one ``.safetensors`` file: weights with many zeros packed, other tensors unchanged.
 
-    ``codec="raw"`` skips the Huffman codes: larger, faster. ``values="bf16"`` or ``"fp16"`` round what is kept of wider
-    weights; their dtype stays what it was. ``pattern`` is found for each weight unless it is given, as ``"4x1"``.
-    ``metadata`` is kept in the file for ``read_metadata``.
+    - ``codec``: "entropy" (Huffman codes), or "raw": larger, faster.
+    - ``values``: "bf16" or "fp16" round the kept values of wider weights, whose dtype stays; "fp32" rounds nothing.
+    - ``pattern``: the pattern of all packed weights, such as "4x1"; "auto" finds the best one for each.
+    - ``metadata``: strings that ``read_metadata`` returns.
+
+    A floating-point tensor of two or more axes is packed where that saves a tenth of its bytes. Tied weights are stored
+    once. The file is written atomically. A sharded, quantized or sparse tensor is a CheckpointError.
+
+    >>> save_sparse(model, "model.sparse.safetensors")
+    >>> state = load_sparse("model.sparse.safetensors")
     """
     packing = Packing.of(codec, values, pattern)
     state = model_or_state_dict.state_dict() if isinstance(model_or_state_dict, nn.Module) else model_or_state_dict
@@ -72,6 +80,7 @@ def save_sparse(
 def write_state(
     state: Mapping[str, Any], path: Path, packing: Packing, metadata: Mapping[str, str] | None = None
 ) -> None:
+    """``save_sparse`` with checked options."""
     tensors, aliases = _tensors(state)
     for key, value in (metadata or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):
@@ -92,7 +101,7 @@ def write_state(
 
 
 def _tensors(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, each once, under the first of their names, and the other names of those that have several."""
+    """Each tensor once, under the first of its names, and name -> first name for the other names of tied tensors."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[Any, str] = {}
@@ -139,11 +148,12 @@ def _row(name: str, tensor: Tensor, packing: Packing, scratch: BinaryIO) -> cont
 
 
 def as_bytes(tensor: Tensor) -> Piece:
+    """The memory of a tensor as bytes."""
     return packed.as_bits(tensor).reshape(-1).view(np.uint8).data
 
 
 def _values(name: str, tensor: Tensor, packing: Packing) -> str:
-    """Narrower than the weight, or the weight's own."""
+    """The dtype of the stored values: the one asked for where it is narrower than the weight's, else the weight's."""
     asked = VALUES[packing.values]
     if packing.values == "fp32" or packed.DTYPES[asked].itemsize >= tensor.element_size():
         return packed.NAMES[tensor.dtype]
@@ -154,7 +164,7 @@ def _values(name: str, tensor: Tensor, packing: Packing) -> str:
 
 
 def _units(name: str, kept: Flags, pattern: Pattern | None) -> Units | None:
-    """Those of a pattern that was given: weights have their output channels first, then the input channels."""
+    """The units of a given pattern; axis 0 is taken for output channels, axis 1 for input channels."""
     shape = kept.shape
     if isinstance(pattern, Block):
         if pattern.in_channels is None:  # a whole filter
@@ -173,7 +183,7 @@ def _units(name: str, kept: Flags, pattern: Pattern | None) -> Units | None:
 
 @contextmanager
 def progress(what: str, nbytes: int) -> Iterator[tqdm[Any]]:
-    """A bar where it takes more than a few seconds and somebody looks."""
+    """A progress bar for 1 GiB and more, on a terminal."""
     with tqdm(desc=what, total=nbytes, unit="B", unit_scale=True, disable=nbytes < BAR_FROM or None) as bar:
         yield bar
 
@@ -186,7 +196,10 @@ def _bar_of(what: str, reader: PackedReader) -> AbstractContextManager[tqdm[Any]
 
 
 def load_sparse(path: str | Path) -> dict[str, Tensor]:
-    """The state dict that was saved, on the CPU. Tied weights are one tensor under several names."""
+    """The state dict that ``save_sparse`` wrote, bit for bit, on the CPU; tied weights share one tensor.
+
+    Values rounded by ``values="bf16"`` come back rounded. CheckpointError for a file that is damaged or not packed.
+    """
     with opened(path) as reader, _bar_of("unpacking", reader) as bar:
         state = {}
         for name in reader:
@@ -196,9 +209,10 @@ def load_sparse(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_sparse_into(model: nn.Module, path: str | Path) -> None:
-    """Fills the model in place, one tensor at a time.
+    """Fills ``model`` in place, one tensor at a time, so that the state dict is never in memory as a whole.
 
-    Names, shapes, dtypes and the digests of all bytes are checked before anything is changed.
+    CheckpointError unless names, shapes and dtypes are those of the model; CRC-32 sums are checked before anything is
+    changed.
     """
     own = model.state_dict()
     with opened(path) as reader:
@@ -218,7 +232,7 @@ def load_sparse_into(model: nn.Module, path: str | Path) -> None:
 
 
 def write_dense(path: str | Path, out: str | Path) -> None:
-    """An ordinary safetensors file with all names, also those of tied weights."""
+    """Unpacks to an ordinary safetensors file, which holds tied weights under each of their names."""
     with opened(path) as reader:
         names = {name: name for name in reader} | reader.aliases
         reader.check_size(sum(reader.nbytes(first) for first in reader.aliases.values()))
@@ -227,7 +241,7 @@ def write_dense(path: str | Path, out: str | Path) -> None:
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """An ordinary file, with the errors of this package."""
+    """The tensors of an ordinary safetensors file; CheckpointError where it cannot be read."""
     try:
         with readable(path):
             return dict(safetensors.torch.load_file(path))
@@ -236,7 +250,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """What ``save_sparse(..., metadata=...)`` was given."""
+    """The ``metadata`` that ``save_sparse`` was given."""
     with opened(path) as reader:
         return reader.metadata
 

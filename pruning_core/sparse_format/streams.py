@@ -1,6 +1,6 @@
-"""Streams of bytes: Huffman coding by the standard library, and the two halves of floating-point numbers.
+"""Byte streams: Huffman codes by zlib, and the two halves of floating-point numbers.
 
-A stream is read with its length known beforehand, so that nothing a file says makes more bytes than were asked for.
+The decoded length of a stream is known before it is read, so a hostile file cannot make more bytes.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 class Stream(NamedTuple):
+    """Bytes and their coding, "plain" or "huffman"."""
+
     coding: str
     data: Piece
 
 
 def coded(data: Bytes, *, shrink: bool) -> Stream:
-    """Huffman codes of the bytes where they are shorter. Matches are not searched for: in weights there are none."""
+    """Huffman codes of the bytes where they are shorter; no matches (LZ77), since weights have none."""
     if shrink:
         coder = zlib.compressobj(level=1, wbits=-15, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
         short = coder.compress(data.data) + coder.flush()
@@ -37,7 +39,7 @@ def coded(data: Bytes, *, shrink: bool) -> Stream:
 
 
 def decoded(stream: Stream, length: int) -> Bytes:
-    """Exactly ``length`` bytes, or CheckpointError."""
+    """The ``length`` decoded bytes; CheckpointError where there are more or fewer."""
     if stream.coding == PLAIN:
         data = np.frombuffer(stream.data, dtype=np.uint8)
     else:
@@ -54,9 +56,10 @@ def decoded(stream: Stream, length: int) -> Bytes:
 
 
 def split(bits: NDArray[np.unsignedinteger]) -> tuple[Bytes, Bytes]:
-    """``(exponents, rest)`` of floating-point numbers: turned left by one bit, the top byte is exponent alone.
+    """``(exponents, rest)``: the top byte of each number rotated left by one bit, and its other bytes, little-endian.
 
-    The exponents of weights are few and unequal, hence short in Huffman codes; sign and mantissa are noise.
+    The top byte has the top eight bits below the sign: exponent bits (and three of the mantissa in F16), which are few
+    and unequal in weights, hence short in Huffman codes. The rest, sign and mantissa, is noise.
     """
     size = bits.itemsize
     exponents = np.empty(len(bits), dtype=np.uint8)
@@ -70,7 +73,7 @@ def split(bits: NDArray[np.unsignedinteger]) -> tuple[Bytes, Bytes]:
 
 
 def join(exponents: Bytes, rest: Bytes, size: int) -> NDArray[np.unsignedinteger]:
-    """``join(*split(bits), bits.itemsize) == bits``"""
+    """The inverse of ``split``, for numbers of ``size`` bytes."""
     rest = rest.reshape(-1, size - 1)
     bits = np.empty(len(exponents), dtype=BITS[size])
     for part in _parts(len(bits)):
@@ -83,7 +86,7 @@ def join(exponents: Bytes, rest: Bytes, size: int) -> NDArray[np.unsignedinteger
 
 
 def nonzero(bits: NDArray[np.unsignedinteger]) -> NDArray[np.bool_]:
-    """Whether the floating-point numbers with these bits are neither zero nor negative zero."""
+    """Bool: neither +0.0 nor -0.0, by the bits of floating-point numbers."""
     result = np.empty(bits.shape, dtype=np.bool_)
     flat, source = result.reshape(-1), bits.reshape(-1)
     magnitude = bits.dtype.type((1 << (8 * bits.itemsize - 1)) - 1)
@@ -93,5 +96,5 @@ def nonzero(bits: NDArray[np.unsignedinteger]) -> NDArray[np.bool_]:
 
 
 def _parts(length: int) -> Iterator[slice]:
-    """Pieces that stay in the processor's cache while they are turned."""
+    """Slices that fit into the processor's cache."""
     return (slice(first, first + PART) for first in range(0, length, PART))

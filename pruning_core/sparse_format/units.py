@@ -1,8 +1,8 @@
-"""Which weights of a saved tensor are zero together: what a bitmap has one bit for.
+"""Units of a saved tensor: what the mask has one code for.
 
-Here a tensor is its array alone, as a state dict has it: which axis is "input channels" is not known, and need not be.
-A kind of unit says which weights are ``stored`` because of those that are kept; ``encode`` makes the bytes that say
-so, of a known ``length``, and ``decode`` is the way back.
+Here a tensor is a plain array, as in a state dict: which axis is "input channels" is not known. A kind of unit says
+which weights are ``stored`` for a given mask; ``encode`` turns the mask into bytes of a known ``length``, and
+``decode`` is the inverse.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ FACTORS = (2, 3, 5, 7)
 
 @dataclass(frozen=True)
 class Blocks:
-    """Boxes of ``extents`` weights, one bit each: set where any weight of the box is kept. ``(1, 1)``: single weights.
+    """Blocks of ``extents`` weights, one bit each: set where any weight of the block is kept. ``(1, 1)``: single weights.
 
-    Boxes at the far edges may be smaller.
+    Blocks at the far edges may be smaller.
     """
 
     extents: tuple[int, ...]
@@ -39,47 +39,55 @@ class Blocks:
         return "x".join(str(extent) for extent in self.extents)
 
     def alive(self, kept: Flags) -> Flags:
+        """Bool unit grid: the blocks with a kept weight."""
         for axis, extent in enumerate(self.extents):
             kept = _any(kept, axis, extent)
         return kept
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the unit grid."""
         return tuple(-(-length // extent) for length, extent in zip(shape, self.extents, strict=True))
 
     def encode(self, kept: Flags) -> Bytes:
+        """One bit per block, in row-major order."""
         return pack_bits(self.alive(kept))
 
     def length(self, shape: tuple[int, ...]) -> int:
+        """Number of bytes of the mask."""
         return -(-math.prod(self.grid(shape)) // 8)
 
     def decode(self, data: Bytes, shape: tuple[int, ...]) -> Flags:
+        """The stored weights, from the bytes of ``encode``."""
         grid = self.grid(shape)
         return self.spread(unpack_bits(data, math.prod(grid)).reshape(grid), shape)
 
     def spread(self, alive: Flags, shape: tuple[int, ...]) -> Flags:
-        """The weights whose values are stored: all of each box that is alive."""
+        """Unit grid -> the weights whose values are stored: all of each block that is alive."""
         for axis, (extent, length) in enumerate(zip(self.extents, shape, strict=True)):
             if extent > 1:
                 alive = np.repeat(alive, extent, axis)[(slice(None),) * axis + (slice(0, length),)]
         return alive
 
     def stored(self, kept: Flags) -> Flags:
+        """The weights whose values are stored, for a mask of kept weights."""
         if self.is_single:
             return kept
         return self.spread(self.alive(kept), kept.shape)
 
     @property
     def is_single(self) -> bool:
+        """Whether each weight is a unit of its own."""
         return all(extent == 1 for extent in self.extents)
 
     def mask_bits(self, alive: Flags) -> float:
+        """The entropy of a unit grid, in bits."""
         count = int(np.count_nonzero(alive))
         return alive.size * entropy([count, alive.size - count])
 
 
 @dataclass(frozen=True)
 class Combinations:
-    """``n`` weights of every ``m`` along ``axis`` are stored; which of the combinations it is, in base ``C(m, n)``."""
+    """N:M along ``axis``: ``n`` of every ``m`` weights are stored; which, is a digit in base ``C(m, n)``."""
 
     n: int
     m: int
@@ -87,6 +95,7 @@ class Combinations:
 
     @classmethod
     def of(cls, n: int, m: int, axis: int) -> Combinations:
+        """N:M; ValueError for groups that are too large for a code."""
         if m > LARGEST_GROUP:
             raise ValueError(
                 f"pattern: groups of more than {LARGEST_GROUP} have no code of their own, got {n}:{m}; leave it out"
@@ -98,19 +107,21 @@ class Combinations:
 
     @property
     def combinations(self) -> int:
+        """``C(m, n)``, the base of the digits."""
         return math.comb(self.m, self.n)
 
     @property
     def per_byte(self) -> int:
+        """The number of digits in a byte."""
         return int(math.log(256.5) / math.log(self.combinations))
 
     def _codes(self) -> NDArray[np.uint8]:
-        """Bit j of ``codes[i]``: whether the i-th combination has weight j."""
+        """Bit j of ``codes[i]``: whether the i-th combination stores weight j."""
         ordered = itertools.combinations(range(self.m), self.n)
         return np.array([sum(1 << j for j in chosen) for chosen in ordered], dtype=np.uint8)
 
     def _filled(self) -> NDArray[np.uint8]:
-        """For every set of kept weights the first combination that has them all; 255 where there are too many."""
+        """Set of kept weights -> the first combination that stores them all; 255 where there are too many."""
         codes = self._codes()
         filled = np.full(1 << self.m, 255, dtype=np.uint8)
         for kept in range(1 << self.m):
@@ -120,7 +131,7 @@ class Combinations:
         return filled
 
     def _sets(self, flags: Flags) -> NDArray[np.uint8]:
-        """Of every group its flags as bits of one number."""
+        """The flags of each group as the bits of one number."""
         groups = np.ascontiguousarray(np.moveaxis(flags, self.axis, -1))
         if 8 % self.m:
             return np.packbits(groups.reshape(-1, self.m), axis=-1, bitorder="little").reshape(-1)
@@ -134,6 +145,7 @@ class Combinations:
         return self._filled()[self._sets(kept)]
 
     def encode(self, kept: Flags) -> Bytes:
+        """One digit per group along ``axis``, the first digit of a byte lowest."""
         chosen = self._chosen(kept)
         digits = np.zeros((-(-len(chosen) // self.per_byte), self.per_byte), dtype=np.uint8)
         digits.reshape(-1)[: len(chosen)] = chosen
@@ -143,9 +155,11 @@ class Combinations:
         return data.astype(np.uint8, copy=False)
 
     def length(self, shape: tuple[int, ...]) -> int:
+        """Number of bytes of the mask."""
         return -(-(math.prod(shape) // self.m) // self.per_byte)
 
     def decode(self, data: Bytes, shape: tuple[int, ...]) -> Flags:
+        """The stored weights, from the bytes of ``encode``; CheckpointError for a byte out of range."""
         if len(data) and int(data.max()) >= self.combinations**self.per_byte:
             raise CheckpointError(f"has a byte that names no combination of {self.n}:{self.m}")
         digits = np.empty((len(data), self.per_byte), dtype=np.uint8)
@@ -159,16 +173,18 @@ class Combinations:
         return np.ascontiguousarray(np.moveaxis(flags.view(np.bool_).reshape(moved), -1, self.axis))
 
     def stored(self, kept: Flags) -> Flags:
+        """The weights whose values are stored, for a mask of kept weights: always ``n`` of ``m``."""
         return self._spread(self._chosen(kept), kept.shape)
 
     def holds(self, kept: Flags) -> bool:
+        """Whether the mask keeps at most ``n`` of every ``m``."""
         if kept.shape[self.axis] % self.m:
             return False
         return most_kept(kept, self.m, self.axis) <= self.n
 
 
 def most_kept(kept: Flags, m: int, axis: int) -> int:
-    """The largest number of weights that any ``m`` neighbours keep."""
+    """The largest number of weights kept in any group of ``m``."""
     sizes = np.array([each.bit_count() for each in range(1 << m)], dtype=np.uint8)
     return int(sizes[Combinations(1, m, axis)._sets(kept)].max(initial=0))
 
@@ -177,13 +193,14 @@ Units = Blocks | Combinations
 
 
 def to_plain(units: Units) -> dict[str, Any]:
+    """Units as they stand in the head of a packed weight."""
     if isinstance(units, Blocks):
         return {"blocks": list(units.extents)}
     return {"choices": [units.n, units.m], "axis": units.axis}
 
 
 def from_plain(plain: dict[str, Any], shape: tuple[int, ...]) -> Units:
-    """The units that a file names, checked against the tensor's shape."""
+    """The units that a head names; CheckpointError where they do not fit the shape."""
     match plain:
         case {"blocks": [*extents]} if len(plain) == 1 and len(extents) == len(shape):
             pairs = zip(extents, shape, strict=True)
@@ -196,10 +213,10 @@ def from_plain(plain: dict[str, Any], shape: tuple[int, ...]) -> Units:
 
 
 def find(kept: Flags, value_bits: float) -> Units:
-    """The units that need the fewest bits for this mask and the values that come with it.
+    """The units that need the fewest bits for this mask and its stored values.
 
-    Boxes grow from single weights by the step that saves most. A large tensor is tried on a corner of it; what was
-    found there is then compared on the whole tensor, so a corner that misleads costs bytes, never a value.
+    Blocks grow greedily from single weights. A large tensor is searched on a corner; the winner is then compared on the
+    whole tensor, so that an unusual corner costs bytes, never a value.
     """
     single = Blocks((1,) * kept.ndim)
     count = int(np.count_nonzero(kept))
@@ -225,12 +242,12 @@ def find(kept: Flags, value_bits: float) -> Units:
 
 
 def _mask_cost(alive: Flags) -> float:
-    """Bits of a mask as it is coded: a Huffman code of a byte has at least one."""
+    """Bits of a mask as it is coded: a byte takes at least one bit in a Huffman code."""
     return max(Blocks((1,) * alive.ndim).mask_bits(alive), alive.size / 8)
 
 
 def _grow(kept: Flags, value_bits: float) -> tuple[int, ...]:
-    """The extents that greedy growth ends at. Each step works on the grid of the step before, ever smaller."""
+    """The extents at which greedy growth ends. Each step works on the ever smaller grid of the step before."""
     shape, extents, alive = kept.shape, [1] * kept.ndim, kept
     best = _mask_cost(kept) + int(np.count_nonzero(kept)) * value_bits
     while True:
@@ -249,6 +266,7 @@ def _grow(kept: Flags, value_bits: float) -> tuple[int, ...]:
 
 
 def _bits(alive: Flags, axis: int, factor: int, extents: list[int], shape: tuple[int, ...], value_bits: float) -> float:
+    """Bits of mask and values, for a grid that was grown by ``factor`` along ``axis``."""
     grown = [extent * factor if i == axis else extent for i, extent in enumerate(extents)]
     if all(length % extent == 0 for length, extent in zip(shape, grown, strict=True)):
         stored = int(np.count_nonzero(alive)) * math.prod(grown)
@@ -258,7 +276,7 @@ def _bits(alive: Flags, axis: int, factor: int, extents: list[int], shape: tuple
 
 
 def _weights_in(alive: Flags, extents: list[int], shape: tuple[int, ...]) -> int:
-    """The same where boxes at the edges are smaller; one axis after the other, so that nothing large is made."""
+    """Number of weights in living blocks, where those at the edges are smaller; axis by axis, to save memory."""
     counts: NDArray[Any] = alive
     for length, extent in zip(reversed(shape), reversed(extents), strict=True):
         along = np.full(counts.shape[-1], extent, dtype=np.int64)
@@ -268,7 +286,7 @@ def _weights_in(alive: Flags, extents: list[int], shape: tuple[int, ...]) -> int
 
 
 def _reaching(extents: tuple[int, ...], corner: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A box that spans the corner along an axis spans the whole tensor."""
+    """A block that spans the corner along an axis spans the whole tensor."""
     axes = zip(extents, corner, shape, strict=True)
     return tuple(whole if extent == part else extent for extent, part, whole in axes)
 
@@ -286,7 +304,7 @@ def _choices(kept: Flags) -> list[Combinations]:
 
 
 def _any(flags: Flags, axis: int, extent: int) -> Flags:
-    """Whether any of ``extent`` neighbours along the axis is set; the last few may be fewer."""
+    """Whether any of ``extent`` neighbours along the axis is set; the last group may be smaller."""
     if extent == 1:
         return flags
     if extent >= flags.shape[axis]:
@@ -301,7 +319,7 @@ def _any(flags: Flags, axis: int, extent: int) -> Flags:
 
 
 def entropy(counts: Sequence[int] | NDArray[Any]) -> float:
-    """Bits per symbol, of symbols that are as frequent as these counts and independent of each other."""
+    """Bits per symbol, for independent symbols with these counts."""
     shares = np.asarray(counts, dtype=np.float64)
     shares = shares[shares > 0] / max(float(shares.sum()), 1.0)
     return float(-(shares * np.log2(shares)).sum())
