@@ -2,7 +2,7 @@
 
 ``save`` writes tensors and plain data to a temporary file beside the target, flushes it to the disk and renames it:
 at every moment the path holds the complete old file or the complete new one. ``load`` is
-``torch.load(weights_only=True)``.
+``torch.load(weights_only=True)``, with no class allowed but those of sharded tensors.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import pickle
 import random
 import re
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -107,7 +108,7 @@ def _plain(value: Any, where: str) -> Any:
     """A copy of tensors and plain data only; CheckpointError naming the first value that is neither."""
     if type(value) in (Tensor, torch.nn.Parameter):
         return value.detach()
-    if isinstance(value, Tensor) and type(value) in torch.serialization.get_safe_globals():  # DTensor
+    if isinstance(value, Tensor) and _of_sharded_tensors(type(value)):
         return value
     if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):
         return _plain(value.item(), where)
@@ -151,7 +152,7 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        with readable(path), warnings.catch_warnings():
+        with readable(path), _only_sharded_tensors(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location=map_location, weights_only=True)
     except CheckpointError:
@@ -161,6 +162,30 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: must hold a dict, got {type(state).__name__}; save state dicts")
     return state
+
+
+_ALLOWING = threading.Lock()
+
+
+@contextlib.contextmanager
+def _only_sharded_tensors() -> Iterator[None]:
+    """Disallows, inside the ``with`` block, the classes that other packages allow ``torch.load`` to build.
+
+    The list is one per process. ultralytics adds the classes of every file that it loads: after it, a pickled module
+    would load here too, in the zip format only.
+    """
+    with _ALLOWING:
+        allowed = torch.serialization.get_safe_globals()
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals([each for each in allowed if _of_sharded_tensors(each)])
+        try:
+            yield
+        finally:
+            torch.serialization.add_safe_globals(allowed)
+
+
+def _of_sharded_tensors(allowed: Any) -> bool:
+    return isinstance(allowed, type) and allowed.__module__.startswith("torch.distributed.")
 
 
 def _why_not(error: Exception) -> str:

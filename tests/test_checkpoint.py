@@ -362,6 +362,16 @@ def test_an_object_is_named(tmp_path, form):
     assert refused(path).startswith("holds an object, torch.nn.modules.linear.Linear, and was not loaded; ")
 
 
+@pytest.mark.parametrize("form", [zipped, legacy])
+def test_what_others_allow_is_not_loaded(tmp_path, form):
+    path = tmp_path / "a.pt"
+    path.write_bytes(form({"model": nn.Linear(1, 1)}))
+    with torch.serialization.safe_globals([nn.Linear, Evil]):
+        allowed = set(torch.serialization.get_safe_globals())
+        assert refused(path).startswith("holds an object, torch.nn.modules.linear.Linear, and was not loaded; ")
+        assert set(torch.serialization.get_safe_globals()) == allowed
+
+
 @pytest.mark.parametrize("state", [[1], torch.ones(1), 5])
 def test_a_file_without_a_dict(tmp_path, state):
     path = tmp_path / "a.pt"

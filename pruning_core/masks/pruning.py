@@ -329,7 +329,7 @@ class Pruning:
     # ---- the rest -----------------------------------------------------------------------------------------------
 
     def __call__(self) -> nn.Module:
-        """Calls ``train_func(model)`` with the pruner begun, ``eval_func(model)`` before and after; returns the model."""
+        """Runs ``train_func(model)`` with the pruner begun, ``eval_func(model)`` around it; returns the model."""
         if self.train_func is None:
             raise RuntimeError("train_func: not set; set pruner.train_func = f, where f(model) trains one model")
         if self.model is None:

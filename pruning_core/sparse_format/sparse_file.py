@@ -59,7 +59,7 @@ def save_sparse(
     pattern: str = AUTO,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a model or state dict as one ``.safetensors`` file: weights with many zeros packed, other tensors unchanged.
+    """Writes a model or state dict as one ``.safetensors`` file: weights with many zeros packed, others unchanged.
 
     - ``codec``: "entropy" (Huffman codes), or "raw": larger, faster.
     - ``values``: "bf16" or "fp16" round the kept values of wider weights, whose dtype stays; "fp32" rounds nothing.

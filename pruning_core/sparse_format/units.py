@@ -28,7 +28,7 @@ FACTORS = (2, 3, 5, 7)
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of ``extents`` weights, one bit each: set where any weight of the block is kept. ``(1, 1)``: single weights.
+    """Blocks of ``extents`` weights, one bit each, set where any weight is kept. ``(1, 1)``: single weights.
 
     Blocks at the far edges may be smaller.
     """
