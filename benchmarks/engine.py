@@ -29,6 +29,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.measure import MEMORY_ENVIRONMENT, ONE_THREAD, STEADY_ENVIRONMENT, Case
+from pruning_core.report import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = (
@@ -167,15 +168,6 @@ def rows(case: Case, sides: dict[str, dict[str, Any]]) -> list[Row]:
     return lines
 
 
-def table(lines: list[Row]) -> str:
-    """Markdown, padded to be read as plain text too."""
-    cells = [list(HEADINGS), *(line.cells() for line in lines)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(HEADINGS))]
-    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
-    padded.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(row) + " |" for row in padded)
-
-
 def about(results: list[tuple[Case, dict[str, dict[str, Any]]]], allocator: str) -> dict[str, Any]:
     versions = {name: side["time"]["versions"] for name, side in results[0][1].items()}
     return {
@@ -224,7 +216,7 @@ def main() -> None:
         print(f"{name_of(case)} ...", file=sys.stderr, flush=True)
         results.append((case, side_by_side(case, sides, options.allocator == "steady")))
         lines += rows(*results[-1])
-    print(table(lines))
+    print(markdown_table(HEADINGS, [line.cells() for line in lines]))
     print(json.dumps(about(results, options.allocator)))
     if not options.peer_python:
         print("The peer columns are empty. To fill them:", *PEER_COMMANDS, sep="\n    ")

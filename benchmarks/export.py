@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure import MEMORY_ENVIRONMENT, ONE_THREAD, STEADY_ENVIRONMENT, cpu_seconds, peak_mib
 from pruning_core.export import export_onnx
+from pruning_core.report import markdown_table
 from pruning_core.sparse_format import load_sparse_into, save_sparse
 from pruning_core.sparse_format.bound import bound_bytes
 from pruning_core.sparse_format.reader import opened
@@ -206,11 +207,7 @@ def onnx_table(options: argparse.Namespace) -> str:
     kinds = {"zeros": "with its zeros", "sparse": "with sparse initializers"}
     ratios = {kind: (found[f"{kind}_bytes"] / found["dense_bytes"], found[kind] / found["dense"]) for kind in kinds}
     rows = [(kinds[kind], f"{size:.2f}", f"{time:.2f}") for kind, (size, time) in ratios.items()]
-    return table(("file", "bytes", "CPU time"), rows)
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows))
+    return markdown_table(("file", "bytes", "CPU time"), rows)
 
 
 def main() -> None:
@@ -237,8 +234,8 @@ def main() -> None:
         if max(peaks.values()) > BAR_MEMORY:
             missed.append(f"{case}: {max(peaks.values()):.1f} times the largest tensor")
     print(f"{datetime.now(UTC):%Y-%m-%d}, torch {torch.__version__}, Python {python}, one thread, seed 0")
-    print(f"\nTimes smaller than dense safetensors:\n\n{table(HEAD, sizes)}")
-    print(f"\nSpeed in dense bytes, memory in largest tensors:\n\n{table(SPEED, speeds)}")
+    print(f"\nTimes smaller than dense safetensors:\n\n{markdown_table(HEAD, sizes)}")
+    print(f"\nSpeed in dense bytes, memory in largest tensors:\n\n{markdown_table(SPEED, speeds)}")
     if not options.file:
         print(f"\nTwo layers of BERT-base in ONNX Runtime, 4x1 at 90 %, over the dense file:\n\n{onnx_table(options)}")
     bars = f"{BAR_BOUND} of the bound, {BAR_SPEED} MB/s, {BAR_MEMORY} x memory"

@@ -33,6 +33,7 @@ from typing import Any
 from benchmarks.measure import ONE_THREAD
 from benchmarks.zoo_check import Case
 from benchmarks.zoo_models import FAMILIES, SEED, entries
+from pruning_core.report import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_FIRST = ("nets", "segmentation", "ultralytics", "transformers", "detection", "classification")
@@ -146,8 +147,7 @@ def table(rows: list[Row]) -> str:
     """Markdown; columns without any text are left out, long messages are cut."""
     cells = {**CELLS, **PEER_CELLS}
     known = {name: cell for name, cell in cells.items() if any(cell(row) for row in rows)}
-    lines = [list(known), ["---"] * len(known), *([cell(row) for cell in known.values()] for row in rows)]
-    return "\n".join("| " + " | ".join(text.replace("|", "/")[:LONGEST] for text in each) + " |" for each in lines)
+    return markdown_table(list(known), [[cell(row)[:LONGEST] for cell in known.values()] for row in rows])
 
 
 OVERVIEW = ("family", "models", "ok", "largest difference", "median CPU-s", "slowest, CPU-s", "Torch-Pruning")
@@ -155,7 +155,7 @@ OVERVIEW = ("family", "models", "ok", "largest difference", "median CPU-s", "slo
 
 def overview(by_family: dict[str, list[Row]]) -> str:
     """A line for each family; differences are those in float64."""
-    lines = [list(OVERVIEW), ["---"] * len(OVERVIEW)]
+    lines = []
     for family, rows in by_family.items():
         timed = [(spent, row["model"]) for row in rows if (spent := seconds(row)) is not None]
         apart = [row["difference"] for row in rows if row.get("dtype") == "float64" and "difference" in row]
@@ -164,7 +164,7 @@ def overview(by_family: dict[str, list[Row]]) -> str:
         slowest = "{1} {0:.0f}".format(*max(timed)) if timed else ""
         middle = f"{median(spent for spent, _ in timed):.1f}" if timed else ""
         lines.append([family, str(len(rows)), *ours, middle, slowest, f"{sum(peer)} of {len(peer)}" if peer else ""])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(OVERVIEW, lines)
 
 
 def summary(family: str, rows: list[Row]) -> list[str]:

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
+from collections.abc import Callable
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
+
+
+def leave_with(run: Callable[[], int]) -> NoReturn:
+    """Ends the process with the exit code of ``run()``; an interrupt before training is one line."""
+    try:
+        sys.exit(run())
+    except KeyboardInterrupt:
+        sys.exit("interrupted before training began; nothing was written")
 
 
 class Interrupt:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from apps.common.run_folder import ResultsTable
-from pruning_core.checkpoint import write_atomically
 from pruning_core.masks.report import SparsityReport
+from pruning_core.report import save_figure
 
 ASKED, REACHED = "sparsity/asked", "sparsity/reached"
 TRAIN = "train/"
@@ -25,16 +26,6 @@ def duration(seconds: float) -> str:
 
 def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.2%}"
-
-
-def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned: the first column to the left, the others to the right. The first row is the head."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *rest]))
-    return "\n".join(lines)
 
 
 def write_report(report: SparsityReport, folder: Path, *, plots: bool = True) -> None:
@@ -58,29 +49,30 @@ def plot_curves(
 
     ``scores``: (column, name). ``dense``: (its name, value). ``full``: what a perfect score is, 1 or 100.
     """
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-    styles = ["C0-", "C0--", "C0:", "C0-."]
-    lines = [(*score, style, full) for score, style in zip(scores, styles, strict=False)]
-    for column, name, style, whole in [*lines, (REACHED, "sparsity", "C3-", 1.0)]:
-        points = [(epoch, value / whole) for epoch, value in table.column(column)]
-        if points:
-            top.plot(*zip(*points, strict=True), style, label=name, marker="." if len(points) < 40 else "")
-    if dense is not None:
-        top.axhline(dense[1] / full, color="0.5", linewidth=1, zorder=1, label=f"{dense[0]} of the dense model")
-    top.set_ylim(0, 1.02)
-    top.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    top.set_ylabel(title)
-    for column in dict.fromkeys(key for row in table.rows for key in row if key.startswith(TRAIN)):
-        points = table.column(column)
-        bottom.plot(*zip(*points, strict=True), label=column.removeprefix(TRAIN), marker="." if len(points) < 2 else "")
-    bottom.set_ylabel("training loss")
-    bottom.set_xlabel("epoch")
-    bottom.xaxis.get_major_locator().set_params(integer=True)
-    for axes, columns in ((top, 4), (bottom, 6)):
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    def draw(figure: Any) -> None:
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+        styles = ["C0-", "C0--", "C0:", "C0-."]
+        lines = [(*score, style, full) for score, style in zip(scores, styles, strict=False)]
+        for column, name, style, whole in [*lines, (REACHED, "sparsity", "C3-", 1.0)]:
+            points = [(epoch, value / whole) for epoch, value in table.column(column)]
+            if points:
+                top.plot(*zip(*points, strict=True), style, label=name, marker="." if len(points) < 40 else "")
+        if dense is not None:
+            top.axhline(dense[1] / full, color="0.5", linewidth=1, zorder=1, label=f"{dense[0]} of the dense model")
+        top.set_ylim(0, 1.02)
+        top.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        top.set_ylabel(title)
+        for column in dict.fromkeys(key for row in table.rows for key in row if key.startswith(TRAIN)):
+            points = table.column(column)
+            marker = "." if len(points) < 2 else ""
+            bottom.plot(*zip(*points, strict=True), label=column.removeprefix(TRAIN), marker=marker)
+        bottom.set_ylabel("training loss")
+        bottom.set_xlabel("epoch")
+        bottom.xaxis.get_major_locator().set_params(integer=True)
+        for axes, columns in ((top, 4), (bottom, 6)):
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, fontsize=9)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.3)
+
+    save_figure(draw, path)

@@ -5,8 +5,6 @@ python apps/text_classification/train_prune.py --help
 
 from __future__ import annotations
 
-import sys
-
 from apps.text_classification.arguments import parser
 
 if __name__ == "__main__":
@@ -19,6 +17,7 @@ from transformers import AutoModelForSequenceClassification
 
 from apps.common.finetune.build import start
 from apps.common.finetune.run import App
+from apps.common.interrupt import leave_with
 from apps.text_classification.data_set import read_data
 from data import sentences, wordpiece
 
@@ -45,7 +44,4 @@ def main(options: Namespace, given: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(OPTIONS, GIVEN))
-    except KeyboardInterrupt:
-        sys.exit("interrupted before training began; nothing was written")
+    leave_with(lambda: main(OPTIONS, GIVEN))

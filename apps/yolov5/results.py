@@ -10,12 +10,13 @@ import torch
 
 from apps.common.arguments import plain
 from apps.common.pruning import reached
-from apps.common.results import ASKED, REACHED, duration, epochs_of, plot_curves, share, text_table, write_report
+from apps.common.results import ASKED, REACHED, duration, epochs_of, plot_curves, share, write_report
 from apps.common.run_folder import ResultsTable, new_folder
 from apps.common.yaml_file import write_yaml
 from apps.yolov5.hyp import KEYS
 from apps.yolov5.run import Run
 from pruning_core import Pruning
+from pruning_core.report import text_table
 
 BOTH = "metrics/mAP50-95"
 MAP50 = "metrics/mAP50"
@@ -105,13 +106,13 @@ def plot(table: ResultsTable, dense: dict[str, float], path: Path) -> None:
 
 def last_table(rows: Sequence[TableRow]) -> str:
     """A row a model: name, metrics, asked and reached sparsity of its pruned layers, bytes of its file."""
-    cells = [("model", "mAP50", "mAP50-95", "asked", "reached", "file")]
+    head, cells = ("model", "mAP50", "mAP50-95", "asked", "reached", "file"), []
     for name, metrics, wanted, counted, size in rows:
         figures = [f"{metrics[key]:.3f}" if key in metrics else "-" for key in (MAP50, BOTH)]
         cells.append(
             (name, figures[0], figures[1], share(wanted), share(counted), f"{size / 1e6:.1f} MB" if size else "-")
         )
-    return text_table(cells)
+    return text_table(head, cells, right=head[1:])
 
 
 def status(run: Run, seconds: float) -> str:

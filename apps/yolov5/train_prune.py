@@ -5,7 +5,6 @@ python apps/yolov5/train_prune.py --help
 
 from __future__ import annotations
 
-import sys
 import time
 
 from apps.common.arguments import leave
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from apps.common import ranks as processes
 from apps.common.errors import BadInput
-from apps.common.interrupt import Interrupt
+from apps.common.interrupt import Interrupt, leave_with
 from apps.common.pruning import end_pruning, reached
 from apps.common.results import duration, epochs_of
 from apps.common.run_folder import ResultsTable
@@ -310,7 +309,4 @@ def stopped(run: Run, folder: Path, interrupt: Interrupt) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(OPTIONS, GIVEN))
-    except KeyboardInterrupt:
-        sys.exit("interrupted before training began; nothing was written")
+    leave_with(lambda: main(OPTIONS, GIVEN))

@@ -185,11 +185,3 @@ def test_the_command_writes_four_files(tmp_path, capsys, made):
         f"--validation_file {tmp_path}/paraphrase/validation.csv"
     )
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 4
-
-
-def test_the_command_says_when_it_cannot_write(tmp_path, capsys):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(SystemExit) as stopped:
-        main(["--output", str(tmp_path / "file/set")])
-    assert stopped.value.code == 2
-    assert re.fullmatch(r".*file/set: cannot be written, got .*; choose another folder\n", capsys.readouterr().err)

@@ -21,13 +21,13 @@ from apps.common.results import (
     epochs_of,
     plot_curves,
     share,
-    text_table,
     write_report,
 )
 from apps.common.run_folder import ResultsTable, check_writable, new_folder
 from apps.common.yaml_file import write_yaml
 from pruning_core.checkpoint import write_atomically
 from pruning_core.graph import structure
+from pruning_core.report import text_table
 
 RESULTS = "all_results.json"
 ARGUMENTS = "args.yaml"
@@ -205,7 +205,7 @@ def _save_model(run: Run, folder: Path, weights: dict[str, Any]) -> int:
 
 def _last_table(run: Run, size: int, zeros: float | None) -> str:
     names = run.data.metrics
-    rows = [("model", *names, "asked", "reached", "file")]
+    head, rows = ("model", *names, "asked", "reached", "file"), []
     dense, metrics = run.progress.dense, run.progress.metrics
 
     def figures(of: dict[str, float]) -> list[str]:
@@ -216,7 +216,7 @@ def _last_table(run: Run, size: int, zeros: float | None) -> str:
     kind = "sparse" if run.pruner else "slim" if structure(run.bare) else "dense"
     wanted = None if run.pruner is None else run.pruner.asked
     rows.append((kind, *figures(metrics), share(wanted), share(zeros), f"{size / 1e6:.1f} MB"))
-    return text_table(rows)
+    return text_table(head, rows, right=head[1:])
 
 
 def _write(path: Path, text: str) -> None:

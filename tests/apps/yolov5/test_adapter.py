@@ -52,11 +52,6 @@ def attempts(monkeypatch):
     assert not made
 
 
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory) -> Path:
-    return make(tmp_path_factory.mktemp("shapes") / "set", train=12, val=6, size=64)
-
-
 @pytest.fixture
 def upstreams(tmp_path, monkeypatch) -> Path:
     """Shapes for upstream's own loops, which leave a cache beside the labels and ask the network for a font."""

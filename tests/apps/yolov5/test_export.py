@@ -13,15 +13,9 @@ import torch
 
 from apps.yolov5 import ultralytics_adapter as adapter
 from apps.yolov5.export import main, parser
-from data.shapes_detection import make
 from pruning_core.sparse_format import load_sparse, save_sparse
 from tests.support.yolov5_app import ENVIRONMENT, ROOT, arguments
 from tests.support.yolov5_app import main as train
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory) -> Path:
-    return make(tmp_path_factory.mktemp("shapes") / "set", train=12, val=6, size=64)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import torch
 
 from apps.yolov5 import export, slim
 from apps.yolov5 import ultralytics_adapter as adapter
-from data.shapes_detection import make
 from pruning_core.graph import structure
 from tests.apps.yolov5.test_resume import StopAt
 from tests.support.yolov5_app import arguments
@@ -17,11 +16,6 @@ from tests.support.yolov5_app import main as train
 
 pytestmark = pytest.mark.slow
 IMAGE = torch.rand(1, 3, 64, 64)
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory) -> Path:
-    return make(tmp_path_factory.mktemp("shapes") / "set", train=12, val=6, size=64)
 
 
 @pytest.fixture(scope="module")
