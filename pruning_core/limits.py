@@ -17,7 +17,7 @@ from pruning_core.registry import did_you_mean
 class Limits:
     """Sparsities, the share that is *gone*: between ``least`` and ``most``, and others for ``layers`` by name.
 
-    ``layers`` maps regular expressions (``re.search``) to (least, most); the last that finds a name counts.
+    ``layers`` maps regular expressions (``re.search``) to (least, most); the last that finds a name counts for it.
     """
 
     least: float = 0.0
@@ -25,10 +25,19 @@ class Limits:
     layers: tuple[tuple[str, tuple[float, float]], ...] = ()
 
     def of(self, names: Iterable[str]) -> tuple[float, float]:
-        """(least, most) of what has these names."""
-        names = list(names)
-        found = [pair for pattern, pair in self.layers if any(re.search(pattern, name) for name in names)]
-        return found[-1] if found else (self.least, self.most)
+        """(least, most) of what goes together through the layers of these names: the narrowest of theirs."""
+        found: dict[str, tuple[float, float]] = {}
+        for name in names:
+            found.update({name: pair for pattern, pair in self.layers if re.search(pattern, name)})
+        if not found:
+            return self.least, self.most
+        least, most = max(low for low, _ in found.values()), min(high for _, high in found.values())
+        if least > most:
+            raise ValueError(
+                f"limits: nothing fits {', '.join(sorted(found))}, whose channels go together, "
+                f"got at least {least:g} and at most {most:g}; widen one"
+            )
+        return least, most
 
     def check_names(self, where: str, names: Iterable[str]) -> None:
         """ValueError for a pattern that finds none of the names."""
