@@ -106,7 +106,7 @@ def test_a_misspelt_option_is_named():
 
 def test_a_wrong_budget_is_found_before_the_model_runs():
     Scratch.calls = 0
-    with pytest.raises(ValueError, match="^budget"):
+    with pytest.raises(ValueError, match=r"^budget: is the share that is left, above 0 and at most 1, got 50"):
         pc.slim(Scratch(), {"macs": 50}, torch.randn(2, 3))
     assert Scratch.calls == 0
 
