@@ -26,9 +26,7 @@ class Limits:
 
     def of(self, names: Iterable[str]) -> tuple[float, float]:
         """(least, most) of what goes together through the layers of these names: the narrowest of theirs."""
-        found: dict[str, tuple[float, float]] = {}
-        for name in names:
-            found.update({name: pair for pattern, pair in self.layers if re.search(pattern, name)})
+        found = {name: pair for name in names for pattern, pair in self.layers if re.search(pattern, name)}
         if not found:
             return self.least, self.most
         least, most = max(low for low, _ in found.values()), min(high for _, high in found.values())
