@@ -42,7 +42,7 @@ DISTILLATIONS: Registry[Distillation] = Registry("distillation")
 
 
 @DISTILLATIONS.add("l2")
-class L2(Distillation):
+class SquaredDifference(Distillation):
     """Squared differences of probabilities, expected distances or logits; the temperature is not used."""
 
     def scores(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -60,7 +60,7 @@ class L2(Distillation):
 
 
 @DISTILLATIONS.add("kl")
-class KL(Distillation):
+class KLDivergence(Distillation):
     """``T^2 KL(teacher || student)`` of ``logits / T`` (Hinton et al. 2015, arXiv:1503.02531).
 
     ``T^2`` makes up for the gradient of the KL, which falls with ``1 / T^2``.
