@@ -32,9 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import MEMORY_ENVIRONMENT, ONE_THREAD, STEADY_ENVIRONMENT, cpu_seconds, peak_mib
-from pruning_core.export import export_onnx
+from pruning_core import export_onnx, load_sparse_into, save_sparse
 from pruning_core.report import markdown_table
-from pruning_core.sparse_format import load_sparse_into, save_sparse
 from pruning_core.sparse_format.bound import bound_bytes
 from pruning_core.sparse_format.reader import opened
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.zoo_check import SHARE, Case, batch_of_two, main, require, shapes, train_step
 from benchmarks.zoo_models import randomise_
-from pruning_core.graph import ChannelGraph
+from pruning_core import ChannelGraph
 from pruning_core.graph.inputs import leaves
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)

@@ -24,9 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.zoo_models import entries
-from pruning_core.channels import plan_channels
-from pruning_core.export import export_onnx
-from pruning_core.graph import ChannelGraph, slim_
+from pruning_core import ChannelGraph, export_onnx, plan_channels, slim_
 
 
 def runner(path: Path, image: Tensor) -> Callable[[], object]:

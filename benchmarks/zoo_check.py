@@ -22,8 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from benchmarks.zoo_models import SEED, Entry, Example, entries, randomise_
-from pruning_core.channels.planner import plan_channels
-from pruning_core.graph import ChannelGraph, apply_structure, slim_, structure
+from pruning_core import ChannelGraph, apply_structure, plan_channels, slim_, structure
 from pruning_core.graph.inputs import leaves
 from pruning_core.graph.trace.labels import Axis
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from apps.common.run_folder import ResultsTable
-from pruning_core.masks.report import SparsityReport
+from pruning_core import SparsityReport
 from pruning_core.report import save_figure
 
 ASKED, REACHED = "sparsity/asked", "sparsity/reached"

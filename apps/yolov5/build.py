@@ -22,7 +22,7 @@ from apps.yolov5.pruning import begin_pruning
 from apps.yolov5.resume import begun_with, check_same, find_state, load_state
 from apps.yolov5.run import Run
 from apps.yolov5.timeline import Timeline, check_epochs
-from pruning_core.distillation import DetectionDistillation
+from pruning_core import DetectionDistillation
 
 
 def build(options: Namespace, given: dict[str, Any], ranks: Ranks) -> Run:

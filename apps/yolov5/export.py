@@ -65,9 +65,8 @@ def free_path(options: argparse.Namespace, name: str) -> Path:
 def pack(source: Path, out: Path) -> str:
     """Weights as they are in the file; what builds the model and what the run said of it in the metadata."""
     from apps.yolov5 import ultralytics_adapter as adapter
+    from pruning_core import save_sparse, structure
     from pruning_core.cli import packing as commands
-    from pruning_core.graph import structure
-    from pruning_core.sparse_format import save_sparse
 
     model, content = adapter.load_model(source, "path"), adapter.content_of(source)
     half = {name: _halved(value) for name, value in model.state_dict().items()}
@@ -87,7 +86,7 @@ def _halved(value: Any) -> Any:
 
 def unpack(source: Path, out: Path) -> str:
     from apps.yolov5 import ultralytics_adapter as adapter
-    from pruning_core.sparse_format import load_sparse, read_metadata
+    from pruning_core import load_sparse, read_metadata
 
     metadata = read_metadata(source)
     if metadata.get("kind") != KIND:
@@ -110,7 +109,7 @@ def to_onnx(source: Path, out: Path, size: int, *, sparse: bool) -> str:
     import torch
 
     from apps.yolov5 import ultralytics_adapter as adapter
-    from pruning_core.export import export_onnx
+    from pruning_core import export_onnx
 
     model = adapter.load_model(source, "path")
     stride = adapter.largest_stride(model)

@@ -14,8 +14,7 @@ from apps.common.run_folder import latest_folder
 from apps.yolov5.arguments import MAY_CHANGE
 from apps.yolov5.hyp import KEYS
 from apps.yolov5.run import Progress, Run
-from pruning_core import CheckpointError, WeightPruningConfig, checkpoint
-from pruning_core.graph import structure
+from pruning_core import CheckpointError, WeightPruningConfig, checkpoint, structure
 
 RESUME = Path("weights/resume.pt")
 

@@ -14,8 +14,7 @@ from apps.common.ranks import Ranks
 from apps.yolov5 import ultralytics_adapter as adapter
 from apps.yolov5.data_set import DataSet, TrainBatches, ValBatches
 from apps.yolov5.timeline import Timeline
-from pruning_core import Pruning, WeightPruningConfig
-from pruning_core.distillation import DetectionDistillation
+from pruning_core import DetectionDistillation, Pruning, WeightPruningConfig
 
 
 @dataclass

@@ -35,8 +35,7 @@ from apps.yolov5.build import build
 from apps.yolov5.data_set import to_device
 from apps.yolov5.resume import RESUME, state_of
 from apps.yolov5.run import Run
-from pruning_core import checkpoint
-from pruning_core.graph import structure
+from pruning_core import checkpoint, structure
 
 
 def main(options: Namespace, given: dict[str, Any]) -> int:

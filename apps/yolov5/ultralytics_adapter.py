@@ -40,9 +40,8 @@ from ultralytics.utils import LOGGER, YAML, downloads, nms
 from ultralytics.utils.torch_utils import ModelEMA
 
 from apps.common.errors import BadInput
+from pruning_core import Detections, apply_structure, structure
 from pruning_core.checkpoint import write_atomically
-from pruning_core.distillation import Detections
-from pruning_core.graph import apply_structure, structure
 
 LOGGER.setLevel("ERROR")
 tasks.SAFE_LOAD = True  # also where upstream was imported before this file, or the environment says otherwise

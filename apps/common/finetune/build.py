@@ -32,8 +32,7 @@ from apps.common.finetune.timeline import Timeline, timeline
 from apps.common.interrupt import Interrupt
 from apps.common.pruning import begin_pruning, read_recipe
 from apps.common.ranks import Ranks, leave_group
-from pruning_core import WeightPruningConfig
-from pruning_core.distillation import LogitDistillation
+from pruning_core import LogitDistillation, WeightPruningConfig
 
 ReadData = Callable[[Namespace, PreTrainedTokenizerBase], Data]
 DEFAULTS = {"learning_rate": 5e-5, "num_train_epochs": 3, "per_device_train_batch_size": 8}

@@ -14,8 +14,7 @@ from apps.common.errors import BadInput
 from apps.common.finetune import hub
 from apps.common.finetune.arguments import SECRET
 from apps.common.finetune.run import Run
-from pruning_core.graph import structure
-from pruning_core.masks.report import SparsityReport
+from pruning_core import SparsityReport, structure
 
 
 def model_card(run: Run, report: SparsityReport | None) -> str:

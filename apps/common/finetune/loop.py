@@ -17,7 +17,7 @@ from apps.common.finetune.run import Run
 from apps.common.interrupt import Interrupt
 from apps.common.pruning import end_pruning
 from apps.common.run_folder import ResultsTable
-from pruning_core.distillation import Outputs
+from pruning_core import Outputs
 
 
 def train(run: Run, folder: Path, interrupt: Interrupt) -> int:

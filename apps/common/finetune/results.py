@@ -25,8 +25,8 @@ from apps.common.results import (
 )
 from apps.common.run_folder import ResultsTable, check_writable, new_folder
 from apps.common.yaml_file import write_yaml
+from pruning_core import structure
 from pruning_core.checkpoint import write_atomically
-from pruning_core.graph import structure
 from pruning_core.report import text_table
 
 RESULTS = "all_results.json"

@@ -16,10 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apps.common.finetune.timeline import Timeline
 from apps.common.ranks import Ranks
-from pruning_core import Pruning, WeightPruningConfig
-from pruning_core.channels import ChannelReport
-from pruning_core.distillation import LogitDistillation
-from pruning_core.graph import Plan, Slimmed
+from pruning_core import ChannelReport, LogitDistillation, Plan, Pruning, Slimmed, WeightPruningConfig
 
 
 @dataclass(frozen=True)
