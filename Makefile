@@ -74,7 +74,7 @@ wheel: $(VENV)/.ready  ## a wheel in .wheel, installed with nothing but what it 
 	"$(UV)" venv --quiet --python $(PY) .wheel/venv
 	"$(UV)" pip freeze --quiet --exclude-editable --python $(PY) > .wheel/constraints.txt
 	"$(UV)" pip install --quiet --python .wheel/venv/bin/python --constraint .wheel/constraints.txt .wheel/*.whl
-	.wheel/venv/bin/python -I .ci/smoke.py .wheel/*.whl
+	.wheel/venv/bin/python -I tests/support/wheel_smoke.py .wheel/*.whl
 	rm -rf build .wheel/venv
 
 format: $(VENV)/.ready

@@ -23,8 +23,10 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+Bytes = NDArray[np.uint8]
 LEFTOVER_SECONDS = 3600
 METHOD = "pruning_core"
 """The ``quant_method`` that marks a packed or slim model in its transformers config."""
@@ -33,6 +35,18 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 class CheckpointError(ValueError):
     """A file that cannot be written or read as a checkpoint; the message says what and where."""
+
+
+def pack_bits(flags: NDArray[np.bool_]) -> Bytes:
+    """bool (any shape) -> uint8 (ceil(n / 8),): eight flags to a byte, the first in the lowest bit."""
+    return np.packbits(flags.reshape(-1), bitorder="little")
+
+
+def unpack_bits(data: Bytes, count: int) -> NDArray[np.bool_]:
+    """``count`` flags; CheckpointError unless the bits that fill up the last byte are zero."""
+    if count % 8 and data[-1] >> (count % 8):
+        raise CheckpointError(f"has a bit set behind its {count:,} bits")
+    return np.unpackbits(data, count=count, bitorder="little").view(np.bool_)
 
 
 class _Write(Protocol):

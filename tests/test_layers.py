@@ -10,7 +10,7 @@ CHECKOUT = Path(__file__).parent.parent
 ROOT = CHECKOUT / "pruning_core"
 
 FLOORS = [  # a room may import rooms of its own floor or lower; a room is a file or a folder, the deepest named here
-    {"registry", "checkpoint", "bits", "latency", "yaml_file", "integrations/when_imported"},
+    {"registry", "checkpoint", "latency", "integrations/when_imported"},
     {"options", "criteria", "schedules", "patterns", "selection", "report", "distillation"},
     {"limits"},
     {"graph/errors", "graph/inputs"},

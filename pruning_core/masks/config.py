@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from pruning_core.masks.options import PrunerOptions
+from pruning_core.masks.yaml_file import read_mapping
 from pruning_core.options import shown
 from pruning_core.patterns import parse_pattern
 from pruning_core.registry import did_you_mean
 from pruning_core.report import markdown_table
-from pruning_core.yaml_file import read_mapping
 
 ALIASES = {
     "names": "op_names",

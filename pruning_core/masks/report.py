@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruning_core.bits import unpack_bits
+from pruning_core.checkpoint import unpack_bits
 from pruning_core.masks.config import WeightPruningConfig
 from pruning_core.masks.groups import MaskGroup
 from pruning_core.masks.options import LOCK, PrunerOptions

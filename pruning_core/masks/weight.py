@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruning_core.bits import pack_bits, unpack_bits
+from pruning_core.checkpoint import pack_bits, unpack_bits
 from pruning_core.masks.options import LOCK, PrunerOptions
 from pruning_core.masks.sharding import Place, local, place
 from pruning_core.patterns import parse_pattern

@@ -21,8 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from pruning_core.bits import Bytes
-from pruning_core.checkpoint import CheckpointError, write_atomically
+from pruning_core.checkpoint import Bytes, CheckpointError, write_atomically
 from pruning_core.sparse_format.streams import Piece
 
 VERSION = 1

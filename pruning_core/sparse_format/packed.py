@@ -23,8 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pruning_core.bits import Bytes, pack_bits, unpack_bits
-from pruning_core.checkpoint import CheckpointError
+from pruning_core.checkpoint import Bytes, CheckpointError, pack_bits, unpack_bits
 from pruning_core.sparse_format import units as units_of
 from pruning_core.sparse_format.container import read_shape
 from pruning_core.sparse_format.streams import (

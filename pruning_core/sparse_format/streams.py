@@ -12,8 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pruning_core.bits import Bytes
-from pruning_core.checkpoint import CheckpointError
+from pruning_core.checkpoint import Bytes, CheckpointError
 
 Piece = memoryview | bytes
 PLAIN, HUFFMAN = "plain", "huffman"

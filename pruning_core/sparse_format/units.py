@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pruning_core.bits import Bytes, pack_bits, unpack_bits
-from pruning_core.checkpoint import CheckpointError
+from pruning_core.checkpoint import Bytes, CheckpointError, pack_bits, unpack_bits
 
 Flags = NDArray[np.bool_]
 LARGEST_GROUP = 8

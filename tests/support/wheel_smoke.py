@@ -1,6 +1,6 @@
 """Run by the Python that a wheel alone was installed into: what is in the wheel, and does it prune and slim there.
 
-python -I .ci/smoke.py .wheel/pruning_core-*.whl
+python -I tests/support/wheel_smoke.py .wheel/pruning_core-*.whl
 """
 
 import subprocess
@@ -17,7 +17,7 @@ from torch import nn
 
 import pruning_core as pc
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ABSENT = ("transformers", "accelerate", "onnx", "onnxruntime", "matplotlib", "ultralytics", "apps", "data", "tests")
 SHIPPED = (".py", ".pyi", ".typed", ".md")
 

@@ -12,7 +12,7 @@ import pytest
 from torch import nn
 
 from pruning_core import Pruning, WeightPruningConfig
-from pruning_core.yaml_file import MAX_BYTES, MAX_DEPTH, MAX_NODES, read_mapping
+from pruning_core.masks.yaml_file import MAX_BYTES, MAX_DEPTH, MAX_NODES, read_mapping
 from tests.support.samples import NEURAL_COMPRESSOR_YAML
 
 SECOND_GENERATION = """\
