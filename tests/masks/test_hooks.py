@@ -245,6 +245,7 @@ def test_an_exception_takes_the_hooks_away_and_passes():
     assert not optimizer._optimizer_step_post_hooks
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 def test_a_compiled_model_trains_on_masked_weights():
     model = small_net()
     compiled = torch.compile(model, backend="eager")
