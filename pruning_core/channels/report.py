@@ -1,4 +1,4 @@
-"""What a plan leaves of each layer, and why the rest stays. As text, plain data, JSON and a picture."""
+"""What a plan leaves of each layer, and what is frozen, as text, JSON and a chart."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pruning_core.graph.couple.groups import Removed
 from pruning_core.graph.trace.labels import Axis
 from pruning_core.report import Bars, Report, text_table
 
-COLUMNS = ("layer", "shape", "channels", "kept", "stays because")
+COLUMNS = ("layer", "shape", "channels", "kept", "frozen")
 LONGEST = 60
 
 
 @dataclass(frozen=True)
 class LayerChannels:
-    """One weight's output channels. ``stays`` says how many can never go, and the commonest reason."""
+    """One weight's output channels. ``stays``: how many are frozen, and ``why``: the most frequent reason."""
 
     name: str
     shape: tuple[int, ...]
@@ -77,7 +77,7 @@ class ChannelReport(Report):
         free = sum(group.channels for group in self.groups)
         lines = [
             text_table(COLUMNS, rows, right=("channels", "kept")),
-            f"{free:,} channels in {len(self.groups)} groups can go",
+            f"{free:,} channels in {len(self.groups)} groups can be removed",
         ]
         for what, (before, after) in (("parameters", self.params), ("multiply-adds", self.macs)):
             lines.append(f"{what}: {before:,} -> {after:,}, {after / max(before, 1):.1%} are left")
@@ -90,7 +90,7 @@ class ChannelReport(Report):
         bars.heading = f"{share[0]:.1%} of parameters and {share[1]:.1%} of multiply-adds are left"
         bars.add(0, [row.channels for row in self.layers], "0.9", "before")
         bars.add(0, [row.kept for row in self.layers], "C0", "kept")
-        bars.add(0, [min(row.stays, row.kept) for row in self.layers], "C1", "cannot go")
+        bars.add(0, [min(row.stays, row.kept) for row in self.layers], "C1", "frozen")
 
 
 def _layers(graph: ChannelGraph, removed: Removed) -> Iterable[LayerChannels]:
@@ -124,4 +124,4 @@ def _untraced(graph: ChannelGraph) -> list[str]:
     names = graph.untraced()
     if not names:
         return []
-    return [f"{len(names)} parameters are used by nothing on these inputs and stay as they are: {', '.join(names[:3])}"]
+    return [f"{len(names)} parameters are not used on these inputs and stay unchanged: {', '.join(names[:3])}"]

@@ -56,9 +56,9 @@ def test_the_text(planned):
     text = str(ChannelReport.of(graph))
     assert "head.weight    4x16" in text
     assert "4: is an output" in text
-    assert "24 channels in 2 groups can go" in text
+    assert "24 channels in 2 groups can be removed" in text
     assert (
-        "note: 2 parameters are used by nothing on these inputs and stay as they are: unused.weight, unused.bias"
+        "note: 2 parameters are not used on these inputs and stay unchanged: unused.weight, unused.bias"
         in text
     )
 
