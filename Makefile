@@ -7,7 +7,7 @@ PYTHON := >=3.11,<3.15
 UV := $(shell command -v uv || echo .uv/bin/uv)
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: demo demo-text demo-qa quickstart test check fast wheel format bench clean
+.PHONY: demo demo-text demo-qa quickstart test check fast wheel docs format bench clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.ready: requirements.txt pyproject.toml
@@ -60,11 +60,12 @@ test: $(VENV)/.ready  ## all tests, the slow ones too
 fast: $(VENV)/.ready  ## without the slow ones
 	$(PY) -m pytest -n 2 -m "not slow"
 
-check: $(VENV)/.ready  ## what CI runs: format, lint, types, the wheel, all tests
+check: $(VENV)/.ready  ## what CI runs: format, lint, types, the wheel, the site, all tests
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(MAKE) wheel
+	$(MAKE) docs
 	$(MAKE) test
 
 # The versions of .venv are those that uv has at hand, which makes this a matter of seconds: torch is linked, not fetched.
@@ -77,6 +78,10 @@ wheel: $(VENV)/.ready  ## a wheel in .wheel, installed with nothing but what it 
 	.wheel/venv/bin/python -I tests/support/wheel_smoke.py .wheel/*.whl
 	rm -rf build .wheel/venv
 
+docs: $(VENV)/.ready  ## the site, in docs/_build; a warning is an error
+	$(PY) -m sphinx -q -W --keep-going -c docs . docs/_build
+	@echo "open docs/_build/index.html"
+
 format: $(VENV)/.ready
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
@@ -85,4 +90,4 @@ bench: $(VENV)/.ready  ## cost of the engine beside AdamW.step
 	$(PY) -m benchmarks.engine
 
 clean:
-	rm -rf $(VENV) .uv .wheel build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
+	rm -rf $(VENV) .uv .wheel build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs

@@ -1,6 +1,6 @@
-"""Progress of the training -> share of the weights that is to be zero. Pure functions of the step.
+"""Progress of the training -> sparsity. Pure functions of the step.
 
-A schedule is one class and one registry line: ``share(progress, target)`` for progress in [0, 1].
+A schedule is one class and one registry line: ``sparsity(progress, target)`` for progress in [0, 1].
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from pruning_core.registry import Registry
 
 
 class Schedule(ABC):
-    """``share(0) == 0`` and ``share(1) == target``; never falls in between."""
+    """``sparsity(0, T) == 0`` and ``sparsity(1, T) == T``; never falls in between."""
 
     @abstractmethod
-    def sparsity(self, progress: float, target: float) -> float: ...
+    def sparsity(self, progress: float, target: float) -> float:
+        """The share of weights that is zero at ``progress`` of [0, 1] towards ``target``."""
 
 
 SCHEDULES: Registry[Schedule] = Registry("schedule")

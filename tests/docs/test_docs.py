@@ -11,7 +11,7 @@ import pytest
 from pruning_core.criteria import CRITERIA
 from tests.support import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 PAGES += sorted((ROOT / "apps").glob("*/README.md"))
 BLOCK = re.compile(r"<!-- run -->\n```python\n(.*?)```", re.DOTALL)
 SAMPLES = [(page, code) for page in PAGES for code in BLOCK.findall(page.read_text())]
