@@ -79,6 +79,7 @@ wheel: $(VENV)/.ready  ## a wheel in .wheel, installed with nothing but what it 
 	rm -rf build .wheel/venv
 
 docs: $(VENV)/.ready  ## the site, in docs/_build; a warning is an error
+	rm -rf docs/_build
 	$(PY) -m sphinx -q -W --keep-going -c docs . docs/_build
 	@echo "open docs/_build/index.html"
 
