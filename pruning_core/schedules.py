@@ -78,6 +78,7 @@ class Timetable:
     schedule: Schedule
 
     def sparsity(self, step: int) -> float:
+        """0 before ``start``, the schedule up to ``end``, the target from there on."""
         if step < self.start:
             return 0.0
         if step >= self.end:

@@ -44,6 +44,7 @@ def _is_pruner(value: Any) -> bool:
 
 
 def model_of(path: Path, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state dict of the model in a checkpoint, which may be the checkpoint itself."""
     for candidate in (*(state.get(key) for key in MODEL_KEYS), state):
         if isinstance(candidate, Mapping) and any(isinstance(value, Tensor) for value in candidate.values()):
             return candidate

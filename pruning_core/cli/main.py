@@ -30,6 +30,7 @@ def _state(path: Path) -> Mapping[str, Any] | None:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
     made = argparse.ArgumentParser(prog="pruning-core", description=__doc__)
     verbs = made.add_subparsers(dest="command", required=True)
 
@@ -79,6 +80,7 @@ def _budget(text: str) -> dict[str, float]:
 
 
 def run(options: argparse.Namespace) -> None:
+    """Carries out one verb."""
     match options.command:
         case "inspect":
             show(options.path, options.json, options.plot)
@@ -97,6 +99,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 2 after one line about what is wrong."""
     options = parser().parse_args(arguments)
     try:
         run(options)

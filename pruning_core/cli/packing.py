@@ -42,6 +42,7 @@ def _with_name(path: Path) -> Path:
 
 
 def check_free(path: Path, overwrite: bool) -> None:
+    """CheckpointError where something is at the path and may not be overwritten."""
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path}: is there already; give another name, or --overwrite")
 
@@ -66,7 +67,7 @@ def export(
 
 
 def unpack(source: Path, out: Path | None, overwrite: bool) -> str:
-    """Back to what every tool reads."""
+    """Writes the dense file or folder that a packed one stands for."""
     source = _with_name(source)
     stem = source.name.removesuffix(SUFFIX).removesuffix("-sparse").removesuffix(".sparse")
     out = out or source.with_name(f"{stem}-dense{'' if source.is_dir() else SUFFIX}")
@@ -79,7 +80,7 @@ def unpack(source: Path, out: Path | None, overwrite: bool) -> str:
 
 
 def verify(path: Path) -> str:
-    """Reads everything once more: digests, counts and zeros of every tensor are checked on the way."""
+    """Reads every tensor, which checks sums, counts and zeros, and says what there is."""
     total = Total()
     for file in packed_files(path):
         total += _verified(file)
@@ -95,6 +96,8 @@ def _share(stored: int, dense: int) -> str:
 
 
 class Total(NamedTuple):
+    """Counts of tensors, weights, zeros and bytes, summed over files."""
+
     packed: int = 0
     others: int = 0
     weights: int = 0
@@ -117,7 +120,7 @@ def _verified(path: Path) -> Total:
 
 
 def packed_table(path: Path) -> str:
-    """Of every packed weight its shape, units, zeros and bytes, and how far these are above what must be said."""
+    """A row for each packed weight: shape, units, zeros, bytes, and these over the dense bytes and the entropy."""
     head = ("weight", "shape", "unit", "zeros", "bytes", "of dense", "of bound")
     rows: list[tuple[str, ...]] = []
     others, dense_bytes = 0, 0

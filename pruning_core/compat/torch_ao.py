@@ -99,6 +99,7 @@ class BaseStructuredSparsifier(abc.ABC):
     def make_config_from_model(
         self, model: nn.Module, SUPPORTED_MODULES: Iterable[type[nn.Module]] = SUPPORTED
     ) -> None:
+        """Sets ``config`` to the weights of all modules of these types."""
         kinds = tuple(SUPPORTED_MODULES)
         names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
         self.config = [{"tensor_fqn": f"{name}.weight".lstrip(".")} for name in names]
@@ -135,8 +136,7 @@ class BaseStructuredSparsifier(abc.ABC):
         params_to_keep: Iterable[str] | None = None,
         params_to_keep_per_layer: Mapping[str, Iterable[str]] | None = None,
     ) -> None:
-        """Takes the masks off; masked rows are zero from now on, and stay. Names of config entries to keep are kept
-        with the module, as its dict ``sparse_params``."""
+        """Removes the masks; masked rows stay zero. Config entries to keep are put on the module as ``sparse_params``."""
         self._prepared("squash_mask")
         layers = params_to_keep_per_layer or {}
         kept = [[*(params_to_keep or ()), *layers.get(group["module_fqn"], ())] for group in self.groups]
@@ -158,9 +158,11 @@ class BaseStructuredSparsifier(abc.ABC):
 
     @property
     def state(self) -> dict[str, dict[str, Tensor]]:
+        """The live masks by tensor name."""
         return {mask.fqn: {"mask": mask.mask} for mask in self._masks}
 
     def state_dict(self) -> dict[str, Any]:
+        """Masks and configuration by tensor name; modules are left out."""
         groups = [{key: value for key, value in group.items() if key not in NOT_SAVED} for group in self.groups]
         return {"state": {mask.fqn: {"mask": mask.mask.clone()} for mask in self._masks}, "groups": groups}
 

@@ -57,10 +57,7 @@ def test_the_text(planned):
     assert "head.weight    4x16" in text
     assert "4: is an output" in text
     assert "24 channels in 2 groups can be removed" in text
-    assert (
-        "note: 2 parameters are not used on these inputs and stay unchanged: unused.weight, unused.bias"
-        in text
-    )
+    assert "note: 2 parameters are not used on these inputs and stay unchanged: unused.weight, unused.bias" in text
 
 
 def test_a_table_has_the_channels_that_it_gives_not_its_rows():

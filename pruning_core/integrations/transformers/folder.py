@@ -163,6 +163,7 @@ def _move(made: Path, folder: Path) -> None:
 
 
 def upload(folder: Path, repository: str) -> None:
+    """Creates the repository on the hub where it is missing, and uploads the folder."""
     from huggingface_hub import HfApi
 
     api = HfApi()
