@@ -136,7 +136,7 @@ class BaseStructuredSparsifier(abc.ABC):
         params_to_keep: Iterable[str] | None = None,
         params_to_keep_per_layer: Mapping[str, Iterable[str]] | None = None,
     ) -> None:
-        """Removes the masks; masked rows stay zero. Config entries to keep are put on the module as ``sparse_params``."""
+        """Removes the masks; masked rows stay zero. Config entries to keep go to the module, as ``sparse_params``."""
         self._prepared("squash_mask")
         layers = params_to_keep_per_layer or {}
         kept = [[*(params_to_keep or ()), *layers.get(group["module_fqn"], ())] for group in self.groups]
