@@ -1,4 +1,4 @@
-"""What a weight contributes to the score of its unit, and how the unit finishes the sum. Larger = kept.
+"""Criteria: what a weight contributes to the score of its unit, and how the unit finishes the sum. Larger = kept.
 
 A criterion is one class and one registry line. It serves masks and channels alike and knows neither pattern nor graph::
 
@@ -41,7 +41,9 @@ def fold_lines(x: Tensor, dim: int) -> Tensor:
 
 
 class Criterion(ABC):
-    """``needs_gradient``: ``score`` is read in the step, before the optimizer; otherwise when masks change.
+    """A criterion: ``score`` per weight, ``finish`` per unit. Subclass it and register with ``@CRITERIA.add(name)``.
+
+    ``needs_gradient``: ``score`` is read in the step, before the optimizer; otherwise when masks change.
 
     ``accumulates``: the running score ``S <- a S + b x`` over all steps up to the last mask change counts, not the last
     step alone (masks; ``a`` and ``b`` are the options ``momentum_decay`` and ``momentum_gain``). Channels always add up
@@ -63,7 +65,7 @@ class Criterion(ABC):
         """What each weight contributes: a new tensor of its shape, at least float32. No argument is changed."""
 
     def each_step(self, total: Tensor) -> Tensor:
-        """What a unit makes of the sum of one step, before steps are added up."""
+        """The value of a unit's sum in one step, before it is added to other steps."""
         return total
 
     def finish(self, total: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ class Criterion(ABC):
         return total
 
     def of_slices(self, slices: Slices) -> Tensor | None:
-        """Channels only, in place of sums of ``score``: float64 (channels,), or None where this axis says nothing."""
+        """Channels only, instead of summing ``score``: float64 (channels,), or None to skip this axis."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""How much of a layer, or of a group of channels, may go at most and must go at least."""
+"""Limits: the least and the most sparsity of a layer or of a group of channels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Limits:
     layers: tuple[tuple[str, tuple[float, float]], ...] = ()
 
     def of(self, names: Iterable[str]) -> tuple[float, float]:
-        """(least, most) of what goes together through the layers of these names: the narrowest of theirs."""
+        """(least, most) of what is tied across these layers: the narrowest of theirs."""
         found = {name: pair for name in names for pattern, pair in self.layers if re.search(pattern, name)}
         if not found:
             return self.least, self.most

@@ -1,4 +1,4 @@
-"""Checked options: their types, and the one line that answers a wrong value. Masks, channels and apps use these."""
+"""Checked options: types, and one line for each wrong value. Used by masks, channels and apps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pruning_core.registry import did_you_mean
 
 
 def shown(value: object) -> str:
-    """``repr`` on one line of bearable length."""
+    """``repr`` on one line, shortened."""
     text = repr(value)
     text = " ".join(text.split()) if "\n" in text else text
     return text if len(text) <= 120 else text[:100] + " ... " + text[-15:]

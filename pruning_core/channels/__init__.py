@@ -1,4 +1,4 @@
-"""Channels: how much each is worth, which go, and what is left."""
+"""Channels: scores them, plans which to remove, and reports what is left."""
 
 from pruning_core.channels.planner import plan_channels as plan_channels
 from pruning_core.channels.pruner import Pruner as Pruner

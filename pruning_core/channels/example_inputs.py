@@ -1,4 +1,4 @@
-"""Inputs to trace a model with, where the user gave none."""
+"""Example inputs for a trace, where the user gave none."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ LENGTH = 8
 
 @dataclass(frozen=True)
 class Like:
-    """A float tensor of which only the kind is remembered."""
+    """Shape, dtype and device of a float tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
     def made(self) -> Tensor:
-        """Random numbers of this shape, the same each time."""
+        """Random numbers of this shape, with a fixed seed."""
         generator = torch.Generator().manual_seed(0)
         return torch.randn(self.shape, generator=generator).to(self.device, self.dtype)
 
 
 class Seen:
-    """A forward hook that remembers what the model took the first time: of floats their shape, anything else itself.
+    """A forward hook that records the first inputs of a model: of float tensors the shape, anything else as it is.
 
     A class, not a closure: models with it can be copied and pickled.
     """
@@ -53,7 +53,7 @@ def _remembered(tensor: Tensor) -> Any:
 
 
 def example_for(model: nn.Module, seen: Seen | None) -> Inputs:
-    """What the model took when it ran, else a guess by its first layer; made sure of by running it."""
+    """The recorded inputs, else a guess by the first layer; verified by a run."""
     error = ""
     for inputs in _candidates(model, seen):
         try:

@@ -1,7 +1,7 @@
-"""A cut model's files: its tensors, and as plain data how to cut a fresh dense model the same way.
+"""Files of a slim model: its tensors, and its structure as plain data.
 
 A ``.pt`` file loads with ``torch.load(weights_only=True)``, a ``.safetensors`` file with any reader of that format.
-Neither needs the model to be traced again.
+Loading does not trace the model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ METADATA = "pruning_core.slim"
 
 
 def save_model_def(model: nn.Module) -> dict[str, Any] | None:
-    """How the model was cut, as plain data, for a checkpoint's ``model_def``; None if it never was."""
+    """The structure of a slim model, for a checkpoint's ``model_def``; None for a dense one."""
     found = structure(model)
     return None if found is None else json.loads(json.dumps(found))
 
@@ -40,7 +40,7 @@ def load_model_def(model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def save_slim(model: nn.Module, path: str | Path) -> None:
-    """One file, ``.pt`` or ``.safetensors``, that ``load_slim`` reads into a fresh dense model."""
+    """Writes weights and structure of a slim model to one file, ``.pt`` or ``.safetensors``, atomically."""
     found = save_model_def(model)
     if Path(path).suffix != ".safetensors":
         checkpoint.save({STATE: model.state_dict(), MODEL_DEF: found}, path)
@@ -51,7 +51,7 @@ def save_slim(model: nn.Module, path: str | Path) -> None:
 
 
 def load_slim(model: nn.Module, path: str | Path) -> nn.Module:
-    """The saved model in a fresh dense one of the same class."""
+    """Cuts a fresh dense ``model`` in place as the file says, loads the weights, and returns it."""
     if Path(path).suffix != ".safetensors":
         load_model_def(model, path)
         model.load_state_dict(checkpoint.load(path)[STATE])

@@ -1,7 +1,7 @@
 """Folds a removed channel's constant output into its consumers' biases.
 
-A row of zeros gives ``activation(bias)``, whatever the input. That it does is not derived but seen: the model runs on
-two inputs, each dead input of every consumer must be one number, and the folded model must give what the model gave.
+A row of zeros outputs ``activation(bias)`` for any input. This is verified, not derived: the model runs on two inputs,
+each removed input of every consumer must be constant, and the folded model must compute what the model did.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WHY = "with prune_bias=False what a pruned row still gives must be folded into t
 
 
 class Consumer:
-    """A layer that reads channels that go, and what it found in their place."""
+    """A consumer of removed channels, and the values that it read from them."""
 
     def __init__(self, model: nn.Module, axis: Axis, dead: tuple[int, ...]) -> None:
         path, _, name = axis.tensor.rpartition(".")
@@ -44,7 +44,7 @@ class Consumer:
         self.found.append(read.movedim(dim, -1).reshape(-1, read.shape[dim])[:, self.dead])
 
     def constants(self) -> Tensor:
-        """The number in place of each removed channel; GraphError where it changes with the input."""
+        """The constant of each removed channel; GraphError where it depends on the input."""
         found = torch.cat(self.found)
         apart = float((found - found[:1]).abs().max()) if len(found) else 0.0
         if not apart <= 100 * torch.finfo(found.dtype).eps * float(found.abs().max()):
@@ -59,7 +59,7 @@ class Consumer:
         return found[0]
 
     def fold(self, undo: ExitStack) -> bool:
-        """Whether the layer had no bias and got one."""
+        """Adds the constants to the bias; whether the layer got a new one."""
         weight = self.module.get_parameter("weight")
         columns = weight.data[:, self.dead].double()
         folded = columns.flatten(2).sum(-1) if columns.dim() > 2 else columns
@@ -76,7 +76,7 @@ class Consumer:
 
 
 def fold_constants(model: nn.Module, plan: Plan, example: Inputs, undo: ExitStack) -> bool:
-    """Biases take over what the plan's channels give. Whether a layer got a bias that had none."""
+    """Adds the constants of the plan's channels to the biases of consumers; whether any layer got a new bias."""
     consumers = [Consumer(model, axis, plan.removed[axis]) for axis in sorted(plan.consumers, key=str)]
     runs = [example, pytree.tree_map_only(Tensor, _changed, example)]
     hooks = [consumer.module.register_forward_pre_hook(consumer.see, with_kwargs=True) for consumer in consumers]

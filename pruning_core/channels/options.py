@@ -1,4 +1,4 @@
-"""How channels are chosen: each option declared once, checked when it is given."""
+"""The options of channel pruning, declared once and checked at construction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pruning_core.selection import FAMILIES, Selector, family
 
 
 class ChannelOptions(Options):
-    """The options of ``plan_channels``, ``Pruner`` and ``slim``, with the names and messages that masks have too."""
+    """The options of ``plan_channels``, ``Pruner`` and ``slim``; names and messages are those of masks."""
 
     criterion: Annotated[str, Field(description="what a channel is worth: a name from `pc.CRITERIA`")] = "l2"
     scope: Annotated[
@@ -44,12 +44,12 @@ class ChannelOptions(Options):
 
     @cached_property
     def group_limits(self) -> Limits:
-        """``limits``, read."""
+        """The parsed ``limits``."""
         return read_limits(self.limits, most=0.95)
 
 
 class GroupLimits:
-    """How many channels of each group of a graph may go, and must; ValueError for names that the graph lacks."""
+    """How many channels of each group may and must be removed; ValueError for names that the graph lacks."""
 
     def __init__(self, graph: ChannelGraph, options: ChannelOptions) -> None:
         self.graph, self.round_to, self.limits = graph, options.round_to, options.group_limits
@@ -60,7 +60,7 @@ class GroupLimits:
         self._selects = bool(options.op_names) or options.pruning_op_types != list(FAMILIES)
 
     def bounds(self, group: ChannelGroup) -> tuple[int, int]:
-        """(least, most) channels that go; (0, 0) where a layer of the group is excluded or not among the named."""
+        """(least, most) channels to remove; (0, 0) where a layer of the group is excluded or not selected."""
         layers = self._layers[group.name]
         excluded = Selector("", (), self._selector.excluded, ())
         if any(excluded.why_not(layer) for layer in layers) or not self._selected(group):

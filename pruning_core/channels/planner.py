@@ -1,4 +1,4 @@
-"""Chooses what goes: the channels with the lowest scores, until a budget is met."""
+"""Plans removals: the lowest-scored channels, until a budget is met."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def plan_channels(
     to_loss: ToLoss | None = None,
     seed: int = 0,
 ) -> Plan:
-    """A plan that leaves at most this share of one cost: ``{"macs": 0.5}``, ``params``, ``channels`` or ``latency``.
+    """The plan that leaves at most a share of one cost: ``{"macs": 0.5}``, ``params``, ``channels`` or ``latency``.
 
     ``criterion``: a name from ``CRITERIA``; those with gradients or activations need ``batches`` and
     ``to_loss(model, batch)``. ``scope="global"`` ranks all channels together, ``"local"`` takes the same share of every
@@ -73,8 +73,8 @@ def read_budget(budget: Mapping[str, float]) -> tuple[str, float]:
 
 
 def ordered(graph: ChannelGraph, scores: Mapping[int, float], scope: str) -> list[int]:
-    """Units, the first to go first. Ties go by their place in their group, so that a plan is the same every time and
-    equal scores are spread over the model."""
+    """Units in order of removal. Ties go by rank within the group: plans are deterministic, and equal scores are spread
+    over the model."""
     place: dict[int, float] = {}
     for group in graph.groups.values():
         members = sorted((unit for unit in group.members if unit in scores), key=lambda unit: (scores[unit], unit))
@@ -111,7 +111,7 @@ def latency(graph: ChannelGraph, removed: Removed) -> float:
 
 
 def removed_of(room: GroupLimits, scores: Mapping[int, float], order: Sequence[int], count: int) -> Removed:
-    """What goes when the first ``count`` units of a ranking may: within the limits, rounded, and balanced.
+    """The removals among the first ``count`` units of a ranking: within limits, rounded, balanced.
 
     A group that must lose more than its share of them loses its own next channels.
     """
@@ -126,7 +126,7 @@ def removed_of(room: GroupLimits, scores: Mapping[int, float], order: Sequence[i
 
 @dataclass
 class _Search:
-    """Bisection over how many units go, then some are given back while the budget allows it."""
+    """Bisects the number of removed units, then restores single ones while the budget allows."""
 
     graph: ChannelGraph
     room: GroupLimits
@@ -137,7 +137,7 @@ class _Search:
     left: float
 
     def run(self) -> Removed:
-        """The channels that go."""
+        """The removals that meet the budget; GraphError where none do."""
         least = self.cost(self.removed(len(self.order)))
         if least > self.left:
             raise GraphError(
@@ -152,11 +152,11 @@ class _Search:
         return found if self.kind == "latency" or self.room.round_to > 1 else self.given_back(found)
 
     def removed(self, count: int) -> Removed:
-        """What goes when the first ``count`` units of the ranking may."""
+        """``removed_of`` for this search."""
         return removed_of(self.room, self.scores, self.order, count)
 
     def given_back(self, removed: Removed) -> Removed:
-        """The most important of what went, one by one, while the budget is kept."""
+        """Restores the highest-scored removals one by one while the budget holds."""
         units = {self.graph.groups[name].members[i] for name, channels in removed.items() for i in channels}
         balanced = self.graph.balances.of_unit
         for unit in sorted(units - balanced.keys(), key=lambda each: -self.scores[each])[:GIVE_BACK]:

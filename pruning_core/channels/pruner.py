@@ -1,4 +1,4 @@
-"""Removes channels while a model trains: a few at a time, those that the loss needs least."""
+"""Removes channels while a model trains, a few at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pruning_core.graph.inputs import Inputs
 
 
 class Pruner:
-    """``rebuild_model`` in the training loop takes the least important channels out of model and optimizer.
+    """Removes the lowest-scored channels from model and optimizer when the loop calls ``rebuild_model``.
 
     ``criterion``, ``round_to``, ``limits``, ``op_names``, ``excluded_op_names``: as in ``plan_channels``.
     ``distributed``: the model trains on several ranks, each calling ``rebuild_model`` at the same step with a batch of
@@ -55,8 +55,8 @@ class Pruner:
     def rebuild_model(self, batch: Any, to_loss_fn: ToLoss, optimizer: Optimizer, prune_num: int) -> Slimmed:
         """Removes ``prune_num`` channels: those that change ``to_loss_fn(model, batch)`` least, to first order.
 
-        Parameters keep their identity and the optimizer its states, so the loop simply goes on. Pieces of a ``chunk``
-        stay of one size and sizes are rounded, so a few channels less may go; the answer says what is left.
+        Parameters keep their identity and the optimizer its states, so the loop goes on. Balanced pieces and
+        ``round_to`` may make it a few channels fewer; the result says what is left.
         """
         if prune_num < 1:
             raise GraphError(f"prune_num: must be at least 1, got {prune_num}")

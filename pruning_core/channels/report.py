@@ -30,7 +30,7 @@ class LayerChannels:
 
 @dataclass(frozen=True)
 class GroupChannels:
-    """Channels that go together: how many there are and stay, and the weights that they run through."""
+    """A group: its number of channels, how many are kept, and the weights along its axes."""
 
     name: str
     channels: int
@@ -84,7 +84,7 @@ class ChannelReport(Report):
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def draw(self, bars: Bars) -> None:
-        """The channels that are kept, over those that there were."""
+        """Bars of kept over original channels."""
         share = self.params[1] / max(self.params[0], 1), self.macs[1] / max(self.macs[0], 1)
         bars.names, bars.xlabel = [row.name for row in self.layers], "output channels"
         bars.heading = f"{share[0]:.1%} of parameters and {share[1]:.1%} of multiply-adds are left"

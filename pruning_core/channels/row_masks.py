@@ -1,4 +1,4 @@
-"""Masks of whole rows, on a weight and its bias, and which channels they remove."""
+"""Masks of whole rows of a weight and its bias, and the channels that they remove."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class RowMask:
             parametrize.register_parametrization(self.module, name, self.fake)
 
     def detach(self) -> None:
-        """Takes it off; Parameter objects and their order are as before."""
+        """Removes the parametrization; Parameter objects and their order are as before."""
         for name in self.under:
             parametrize.remove_parametrizations(self.module, name, leave_parametrized=False)
         parameters = self.module._parameters
@@ -83,7 +83,7 @@ class RowMask:
             tensor.data = zero_rows(tensor.data, self.mask)
 
     def check(self) -> None:
-        """What a user's ``update_mask`` left."""
+        """ValueError for a mask that ``update_mask`` left with a wrong shape, dtype or no row."""
         mask = self.mask
         if mask.dtype != torch.bool or mask.shape != self.tensor.shape[:1]:
             raise ValueError(

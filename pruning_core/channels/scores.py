@@ -1,4 +1,4 @@
-"""The score of each channel: a criterion, folded over every tensor that the channel runs through."""
+"""Scores channels: folds a criterion over every tensor along which a channel runs."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Data:
 
 
 def unit_scores(graph: ChannelGraph, criterion: Criterion, data: Data) -> dict[int, float]:
-    """``mean over slices / mean of the group``, by unit: groups can be compared.
+    """By unit: the mean over its slices, divided by the mean of its group, which makes groups comparable.
 
-    A unit that no slice says anything about has no score, and stays. Buffers (statistics of norms) say nothing.
+    A unit without a scored slice has no score and is kept. Buffers are not scored.
     """
     units = graph.components.of_label
     total, count = np.zeros(units.max() + 1), np.zeros(units.max() + 1)
@@ -119,7 +119,7 @@ def _gradients(graph: ChannelGraph, data: Data) -> Iterator[dict[str, Tensor]]:
 
 @contextlib.contextmanager
 def own_gradients(model: nn.Module) -> Iterator[None]:
-    """A pass that only looks: gradients and buffers are afterwards what they were."""
+    """Restores gradients and buffers at exit."""
     before = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
         with buffers_kept(model):

@@ -16,7 +16,7 @@ from pruning_core.graph import ChannelGraph, Plan, Slimmed, slim_
 
 @dataclass(frozen=True)
 class Slim:
-    """What ``slim`` did; printing shows the report and the proof.
+    """The result of ``slim``; prints as report and verification.
 
     ``model``: the same object, smaller. ``plan``: what it followed. ``report``: what is left of each layer.
     ``cut``: how far the model is from the masked one.

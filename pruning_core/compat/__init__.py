@@ -1,4 +1,4 @@
-"""Names that users of other pruning libraries type; thin over this package's own.
+"""Names of other pruning libraries, mapped to this package.
 
 ``pc.compat.neural_compressor``, ``pc.compat.torch_ao`` and ``pc.compat.sensetime`` are imported when first used.
 """

@@ -1,4 +1,4 @@
-"""Structured pruning by row masks that a user's rule writes, with the interface of ``torch.ao.pruning``'s pruner."""
+"""The interface of ``torch.ao.pruning``'s structured pruner: the user's ``update_mask`` writes row masks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOT_SAVED = ("module", "module_fqn", "tensor_name")
 
 
 def default_structured_pruning_patterns() -> Patterns:
-    """An empty dict, to be updated and handed to a sparsifier: no pattern is needed."""
+    """An empty dict: no pattern is needed, and any are accepted."""
     return {}
 
 
@@ -71,7 +71,7 @@ class BaseStructuredSparsifier(abc.ABC):
 
     @abc.abstractmethod
     def update_mask(self, module: nn.Module, tensor_name: str, **kwargs: Any) -> None:
-        """Sets to False what is to go, in ``getattr(module.parametrizations, tensor_name)[0].mask``."""
+        """To override: sets rows to remove to False in ``getattr(module.parametrizations, tensor_name)[0].mask``."""
 
     # ---- the steps of pruning ---------------------------------------------------------------------------------------
 
@@ -105,7 +105,7 @@ class BaseStructuredSparsifier(abc.ABC):
         self.config = [{"tensor_fqn": f"{name}.weight".lstrip(".")} for name in names]
 
     def step(self, use_path: bool = True) -> None:
-        """Asks ``update_mask`` for every tensor, if ``enable_mask_update`` is set."""
+        """Calls ``update_mask`` for every tensor, if ``enable_mask_update`` is set."""
         if not self.enable_mask_update:
             return
         with torch.no_grad():
@@ -114,10 +114,10 @@ class BaseStructuredSparsifier(abc.ABC):
                 mask.check()
 
     def prune(self, example_inputs: Any = None, optimizer: Optimizer | Iterable[Optimizer] | None = None) -> nn.Module:
-        """The model itself, without the masked rows and without masks. On an error everything stays as it was.
+        """Removes masked rows and the masks in place, and returns the model. Rolls back on any error.
 
-        The example is what the model runs on while it is looked at; without one it is made like the first input that
-        the model took since ``prepare``, or guessed from its layers. Optimizers, if given, lose the same rows.
+        The example is what the model is traced with; without one it is made like the first input that the model took
+        since ``prepare``, or guessed from its layers. Optimizer states lose the same rows.
         """
         model = self._prepared("prune")
         for mask in self._masks:
@@ -167,7 +167,7 @@ class BaseStructuredSparsifier(abc.ABC):
         return {"state": {mask.fqn: {"mask": mask.mask.clone()} for mask in self._masks}, "groups": groups}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-        """Masks and config entries of a pruner that was prepared alike; not strict, those of tensors both have."""
+        """Loads masks and config entries; ``strict=False`` skips tensors that only one side has."""
         self._prepared("load_state_dict")
         if not isinstance(state_dict, Mapping) or not {"state", "groups"} <= state_dict.keys():
             raise ValueError(

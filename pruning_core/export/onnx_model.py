@@ -1,4 +1,4 @@
-"""``export_onnx``: one ``.onnx`` file that was run before it was written, smaller where weights hold many zeros."""
+"""``export_onnx``: writes an ``.onnx`` file after running it, optionally with sparse initializers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def export_onnx(
     dynamic_batch: bool = True,
     sparse: bool = False,
 ) -> float:
-    """Writes ``model(example)`` as ONNX and returns how far ONNX Runtime's outputs are from torch's.
+    """Writes the model as ONNX and returns the difference between ONNX Runtime's and torch's outputs.
 
     That is the largest difference over the largest output (over 1 where that is smaller); more than 1e-4 is an error.
     ``example`` is the input, a tuple of them, or a dict of keyword arguments. With ``dynamic_batch`` the first axis of

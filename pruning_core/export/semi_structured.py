@@ -1,4 +1,4 @@
-"""2:4 weights for the GPUs that have kernels for them: which layers fit, and the hand-over to torch."""
+"""2:4 weights for sparse tensor cores: which layers fit, and conversion to torch's semi-structured tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pruning_core.checkpoint import CheckpointError
 
 
 class Rule(NamedTuple):
-    """Rows and columns of a weight must be multiples of these."""
+    """The multiples that rows and columns of a weight must be."""
 
     rows: int
     columns: int
@@ -32,7 +32,7 @@ CAPABILITY = (8, 0)
 
 @dataclass(frozen=True)
 class LayerFit:
-    """``why_not`` per kernel: what keeps this layer from it, or None."""
+    """A Linear layer, and per kernel why it cannot be used, or None."""
 
     name: str
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class LayerFit:
 
 
 def check_semi_structured(model: nn.Module) -> list[LayerFit]:
-    """Every Linear layer, and whether torch's semi-structured kernels take its weight. Needs no GPU."""
+    """Checks every Linear layer against the requirements of torch's semi-structured kernels. Needs no GPU."""
     layers = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -75,7 +75,7 @@ def _misfit(weight: Tensor, rules: dict[torch.dtype, Rule]) -> str | None:
 
 
 def to_semi_structured_(model: nn.Module) -> list[str]:
-    """Replaces the weights of the layers that fit by torch's semi-structured tensors, and returns the layers' names.
+    """Replaces weights of layers that fit by torch's semi-structured tensors; returns the names of the layers.
 
     Inference only. The model must be on a GPU of compute capability 8.0 or later, in float16 or bfloat16.
     """

@@ -1,4 +1,4 @@
-"""What a model, an example or a plan cannot do, as one line."""
+"""Errors of tracing, planning and cutting; one line each."""
 
 from __future__ import annotations
 

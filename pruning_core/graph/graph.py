@@ -26,10 +26,10 @@ from pruning_core.graph.trace.shadows import StoredTensors
 
 
 class ChannelGraph(Coupling):
-    """Which channels of a model can be removed, and what goes with each.
+    """The coupled channels of a model: which can be removed, and what goes with each.
 
-    Made by ``ChannelGraph.trace(model, example_inputs)``. ``groups``: the channels that can go, by name. ``frozen()``:
-    what stays, and why. ``example``: what the model was traced with. ``notes``: what a report should say.
+    Made by ``ChannelGraph.trace(model, example_inputs)``. ``groups``: the removable channels, by name. ``frozen()``:
+    what cannot be removed, and why. ``example``: what the model was traced with. ``notes``: what a report should say.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class ChannelGraph(Coupling):
     # ---- what there is ----------------------------------------------------------------------------------------------
 
     def frozen(self) -> list[tuple[Axis, int, str]]:
-        """(axis, how many of its channels stay, why), for every axis and reason."""
+        """(axis, number of its channels that cannot be removed, reason), for every axis and reason."""
         found = []
         for axis, vector in self.labels.axes.items():
             units = self.components.of_label[vector.numpy()]
@@ -109,7 +109,7 @@ class ChannelGraph(Coupling):
         return "no other channel has the same axes, and one must stay"
 
     def untraced(self) -> list[str]:
-        """Parameters that no operation has used on these inputs."""
+        """Names of parameters that no operation used on these inputs."""
         return [
             name
             for name in self.stored.names
@@ -121,13 +121,13 @@ class ChannelGraph(Coupling):
         return all(self.components.fixed(int(unit)) and int(unit) not in self.components.reasons for unit in units)
 
     def mean_activations(self, run: Callable[[nn.Module], Any]) -> np.ndarray:
-        """``mean |x|`` of what layers read of each label while ``run(model)`` works."""
+        """float64 (labels,): ``mean |x|`` over what consumers read while ``run(model)`` runs."""
         return mean_activations(self.model, run, self.labels.narrow_heads)
 
     # ---- what is left when channels go ------------------------------------------------------------------------------
 
     def params(self, removed: Removed | None = None) -> int:
-        """Parameters of the whole model."""
+        """Number of parameters of the model, without the removed channels if given."""
         dead = self.dead(removed or {})
         total = 0
         for name, tensor in self.model.named_parameters():
@@ -139,12 +139,12 @@ class ChannelGraph(Coupling):
         return total
 
     def macs(self, removed: Removed | None = None) -> int:
-        """Multiply-adds of weighted layers and attention for one forward pass on the example, its batch included."""
+        """Multiply-adds of weighted layers and attention in one forward pass of the example (batch included)."""
         dead = self.dead(removed or {})
         return sum(_macs(cost, dead) for cost in self.traces[0].costs)
 
     def plan(self, removed: Removed) -> Plan:
-        """The plan that removes these channels of these groups."""
+        """The plan that removes ``{group name: channel numbers}``; GraphError where pieces would become unequal."""
         chosen = {name: tuple(sorted({int(i) for i in channels})) for name, channels in removed.items()}
         for name, channels in chosen.items():
             self._check(name, channels)

@@ -1,4 +1,4 @@
-"""What a model is called with, and calling it without leaving a trace of the call."""
+"""Example inputs, and running a model without side effects."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def leaves(output: Any) -> list[Tensor]:
 
 @contextlib.contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Buffers have their old values afterwards: running statistics do not learn from a pass that only looks."""
+    """Restores buffers at exit: running statistics do not change."""
     values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         yield
@@ -58,7 +58,7 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
-    """Modes, buffers, cached attributes and random state are restored afterwards. Batch norms never train inside."""
+    """Restores modes, buffers, cached attributes and random state at exit. Batch norms do not update inside."""
     modes = [(module, module.training) for module in model.modules()]
     attributes = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()

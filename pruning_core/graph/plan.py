@@ -91,7 +91,7 @@ class Plan:
             raise GraphError(f"plan: is damaged, got {type(error).__name__}: {error}; make it again") from error
 
     def save(self, path: str | Path) -> None:
-        """Writes JSON, whole or not at all."""
+        """Writes JSON, atomically."""
         text = json.dumps(self.to_dict(), indent=1)
         write_atomically(path, lambda file: file.write(text.encode()))
 
@@ -105,7 +105,7 @@ class Plan:
         return cls.from_dict(data)
 
     def difference(self, other: Plan) -> dict[str, tuple[int, int]]:
-        """Group by group how many channels go in this plan and in the other, where they differ."""
+        """Per group: how many channels this plan and the other remove, where they differ."""
         names = sorted(self.channels.keys() | other.channels.keys())
         pairs = {name: (self.channels.get(name, ()), other.channels.get(name, ())) for name in names}
         return {name: (len(a), len(b)) for name, (a, b) in pairs.items() if set(a) != set(b)}
@@ -138,13 +138,13 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def digest(model: nn.Module) -> str:
-    """Names and shapes in sixteen letters."""
+    """A hash of the names and shapes of a model, 16 hexadecimal digits."""
     text = json.dumps(sorted((name, list(tensor.shape)) for name, tensor in named_tensors(model).items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def ranges(at: Iterable[int]) -> list[list[int]]:
-    """[0, 1, 2, 7] is [[0, 2], [7, 7]]: removed channels often lie together."""
+    """Sorted indices as closed ranges: [0, 1, 2, 7] -> [[0, 2], [7, 7]]."""
     found = np.array(sorted(at), dtype=int)
     if not len(found):
         return []

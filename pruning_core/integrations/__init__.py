@@ -1,1 +1,1 @@
-"""Other libraries' own loops and files. Each is imported only when it is asked for."""
+"""Other libraries' loops and files; each imported when first used."""

@@ -14,7 +14,7 @@ from types import ModuleType
 
 
 def when_imported(name: str, call: Callable[[], object]) -> None:
-    """``call()`` now, where the module is there already, or as soon as it is."""
+    """Runs ``call()`` once the module is imported, or now if it is."""
     if name in sys.modules:
         call()
     else:

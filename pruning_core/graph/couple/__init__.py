@@ -1,1 +1,1 @@
-"""Labels become groups: what lives and dies together, what must go in equal number, and a trial that proves it."""
+"""Turns tied labels into groups of channels, balances between groups, and a trial cut that proves them."""

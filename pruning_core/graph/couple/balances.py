@@ -1,4 +1,4 @@
-"""Pieces that must stay of one size: channels are given back until they are."""
+"""Balances: pieces that must keep equal sizes, such as those of a ``chunk``. Channels are restored until they do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pruning_core.graph.couple.components import Components
 
 
 class Balances:
-    """For each pair of pieces, by how much each unit weighs on the one side more than on the other."""
+    """Per pair of pieces and unit: the unit's channels on one side minus those on the other."""
 
     def __init__(self, components: Components, pairs: list[tuple[Tensor, Tensor]]) -> None:
         self.weights: list[dict[int, int]] = []
@@ -27,11 +27,11 @@ class Balances:
                 self.weights.append(weights)
 
     def off(self, removed: set[int]) -> list[int]:
-        """Per pair, by how much one side loses more than the other."""
+        """Per pair: channels lost on one side minus those lost on the other."""
         return [sum(weight for unit, weight in weights.items() if unit in removed) for weights in self.weights]
 
     def restored(self, removed: set[int], score: Mapping[int, float] | None = None) -> set[int]:
-        """What may still go: of the side that loses more, the best channels are given back first."""
+        """What can still be removed with all pairs balanced; the best of the heavier side are restored first."""
         removed = set(removed)
         off = self.off(removed)
         open_pairs = [i for i, each in enumerate(off) if each]
@@ -47,7 +47,7 @@ class Balances:
         return removed
 
     def _rank(self, unit: int, off: list[int], score: Mapping[int, float] | None) -> tuple[int, float]:
-        """First those that bring all their pairs nearer to balance, then the best."""
+        """Sort key: units that improve all their pairs first, then the highest score."""
         gain = sum(abs(off[i]) - abs(off[i] - self.weights[i][unit]) for i in self.of_unit[unit])
         return gain, (score or {}).get(unit, 0.0)
 

@@ -1,4 +1,4 @@
-"""Ties become units: the connected components of the labels, solved until every cut leaves rectangles."""
+"""Units are the connected components of tied labels, such that removing any unit leaves every tensor rectangular."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pruning_core.graph.trace.recorder import Operation
 
 
 class Components:
-    """Which unit each label belongs to, and why a unit must stay."""
+    """The unit of each label, and the reason of each frozen unit."""
 
     def __init__(self, of_label: np.ndarray, reasons: dict[int, str], removable: np.ndarray) -> None:
         self.of_label, self.reasons = of_label, reasons
@@ -26,7 +26,7 @@ class Components:
 
     @classmethod
     def solve(cls, labels: Labels) -> Components:
-        """Connected components of the ties; a unit is frozen with the first reason that any of its labels has."""
+        """Computes the connected components; a unit with a frozen label is frozen, with the first reason found."""
         pairs = torch.cat([torch.zeros(2, 0, dtype=torch.int32), *labels.ties], dim=1).numpy()
         ones = np.ones(pairs.shape[1], dtype=bool)
         matrix = coo_matrix((ones, (pairs[0], pairs[1])), shape=(len(labels), len(labels)))
@@ -38,17 +38,17 @@ class Components:
         return cls(component, reasons, torch.cat([torch.zeros(0, dtype=torch.int32), *labels.removable]).numpy())
 
     def fixed(self, unit: int) -> bool:
-        """Whether a unit stays, with or without a reason."""
+        """Whether a unit cannot be removed, with or without a reason."""
         return bool(self._fixed[unit])
 
     def of(self, labels: Tensor) -> Tensor:
-        """The units of labels, all that must stay as -1."""
+        """The unit of each label; -1 for those that cannot be removed."""
         units = self.of_label[labels.numpy()]
         return torch.from_numpy(np.where(self._fixed[units], -1, units))
 
 
 def rectangles(labels: Labels, operations: Iterable[Operation]) -> Components:
-    """Ties until whatever is removed leaves every tensor a rectangle: a view of heads or groups loses whole lines."""
+    """Ties labels until removing any unit leaves every tensor rectangular: a view of heads loses whole lines."""
     several = [each for made in operations for each in _label_tensors(made.shadow) if len(varying(each)) > 1]
     while True:
         components = Components.solve(labels)
@@ -66,9 +66,9 @@ def _label_tensors(shadow: Any) -> list[Tensor]:
 
 
 def _tie_lines(labels: Labels, components: Components, found: Tensor, tied: set[int]) -> None:
-    """Ties the outer lines where units differ along two dimensions.
+    """Ties along the outer dimension where units differ along two dimensions.
 
-    Units that were just tied wait for the next round: what they are then may be a rectangle already.
+    Units tied in this round wait for the next: they may be rectangular by then.
     """
     core = found
     for dim in range(found.dim()):

@@ -1,4 +1,4 @@
-"""From units to groups: which channels can be removed, each with everything that goes with it."""
+"""Groups units: which channels can be removed, each with everything that is tied to it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Removed = Mapping[str, Iterable[int]]
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that look alike: the same axes hold them. ``slices[i]`` lists the indices of channel i on each axis."""
+    """Channels on the same axes, which can replace each other. ``slices[i]``: the indices of channel i, by axis."""
 
     name: str
     axes: tuple[Axis, ...]
@@ -40,7 +40,7 @@ class Coupling:
         self.solve()
 
     def solve(self) -> None:
-        """Labels -> components -> groups and balances."""
+        """Recomputes components, groups and balances from the labels."""
         self.components = rectangles(self.labels, [each for trace in self.traces for each in trace.operations])
         self.groups = {group.name: group for group in groups_of(self.labels, self.components)}
         self.balances = Balances(self.components, self.labels.balances)
@@ -59,7 +59,7 @@ class Coupling:
     def restored(self, removed: Removed, score: Mapping[int, float] | None = None) -> dict[str, list[int]]:
         """The part of ``removed`` that leaves pieces of a ``chunk`` or ``split`` equal.
 
-        ``score``, by unit, says which channels are given back first: the highest.
+        ``score``, by unit: the highest are restored first.
         """
         found: dict[str, list[int]] = {}
         for unit in sorted(self.balances.restored(self.units(removed), score)):
@@ -68,7 +68,7 @@ class Coupling:
         return found
 
     def removed_indices(self, removed: Removed) -> dict[Axis, tuple[int, ...]]:
-        """Of each axis the indices that go when these channels go."""
+        """Per axis: the indices that are removed with these channels."""
         gone: dict[Axis, set[int]] = {}
         for name, channels in removed.items():
             for channel in channels:
@@ -78,7 +78,7 @@ class Coupling:
 
 
 def groups_of(labels: Labels, components: Components) -> list[ChannelGroup]:
-    """Units with one and the same list of axes form a group, named after its first axis."""
+    """Units on the same axes form a group, named after its first axis."""
     slices: dict[int, dict[Axis, list[int]]] = {}
     for axis, vector in labels.axes.items():
         units = components.of_label[vector.numpy()]

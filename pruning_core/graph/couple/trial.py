@@ -1,4 +1,4 @@
-"""A trial cut on a copy: what the model's code does not follow becomes a tie of its groups, before anybody plans."""
+"""A trial cut of a copy: groups that the model's code cannot follow are tied, balanced or frozen before planning."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Alike = list[tuple[Recorder, Operation]]
 
 
 def prove(coupling: Coupling, model: nn.Module, attempt: Callable[[Removed], None]) -> None:
-    """Cuts every group, twice, by ``attempt``, which raises where the cut model does not do what the masked one does.
+    """Cuts every group, twice, by ``attempt``, which raises where the cut model differs from the masked one.
 
     Where the code does not follow, one size may serve several tensors: the heads of query, key and value, or what
     comes into a module and what is made of it; these are balanced. Where even that does not help, or where the cut
@@ -62,7 +62,7 @@ def prove(coupling: Coupling, model: nn.Module, attempt: Callable[[Removed], Non
 
 
 def _freeze_wrong(coupling: Coupling, attempt: Callable[[Removed], None]) -> bool:
-    """Freezes the groups that alone make the model compute something else; whether there are any."""
+    """Freezes each group whose cut alone changes the output; whether there was any."""
     found = False
     halves = _trial(coupling, (2,))
     for name in halves:
@@ -78,13 +78,13 @@ def _freeze_wrong(coupling: Coupling, attempt: Callable[[Removed], None]) -> boo
 
 
 def _balanced_with(coupling: Coupling, name: str) -> set[str]:
-    """A group, and those that must lose as many channels."""
+    """A group and the groups balanced with it."""
     pairs = {i for unit in coupling.groups[name].members for i in coupling.balances.of_unit.get(unit, [])}
     return {name, *(coupling.where[unit][0] for i in pairs for unit in coupling.balances.weights[i])}
 
 
 def _trial(coupling: Coupling, quarters: tuple[int, ...]) -> dict[str, list[int]]:
-    """So many quarters of one group after another, drawn at random."""
+    """Random channels: ``quarters`` of each group, cycling."""
     some = random.Random(0)
     return {
         name: some.sample(range(len(group)), max(1, len(group) * share // 4))
@@ -93,7 +93,7 @@ def _trial(coupling: Coupling, quarters: tuple[int, ...]) -> dict[str, list[int]
 
 
 def _kind(model: nn.Module, operation: Operation) -> Kind:
-    """The same for one operation in all modules of one class."""
+    """A key shared by the same operation in all modules of one class."""
     module = model.get_submodule(operation.where)
     return type(module), operation.name, tuple(len(shape) for shape in operation.shapes)
 
@@ -113,7 +113,7 @@ def _equal_in_module(coupling: Coupling, alike: Alike, why: str) -> bool:
 
 
 def _equal_to_input(coupling: Coupling, alike: Alike, why: str) -> bool:
-    """A width is that of the module's input, or a multiple of it. Elsewhere the channels are frozen."""
+    """Balances a width with that of the module's input, or a multiple; freezes the channels otherwise."""
     found = False
     for trace, operation in alike:
         source = trace.inputs.get(operation.where)

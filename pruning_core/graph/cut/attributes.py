@@ -1,4 +1,4 @@
-"""Sizes that modules keep as attributes: where they are, what they may become, what was changed."""
+"""Sizes stored as module attributes: where they are, their new values, and a log of changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pruning_core.graph.cut.widths import widths
 
 
 class Attributes:
-    """The changes, one after another; only plain numbers, so that they can be saved and done again."""
+    """A log of attribute changes, in order; plain numbers, so that they can be saved and replayed."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
@@ -20,7 +20,7 @@ class Attributes:
 
     @property
     def changed(self) -> dict[str, dict[str, Any]]:
-        """What was set, by module."""
+        """Changed attributes and their values, by module."""
         found: dict[str, dict[str, Any]] = {}
         for path, name, _ in self._log:
             found.setdefault(path, {})[name] = getattr(self.modules[path], name)
@@ -32,7 +32,7 @@ class Attributes:
         setattr(self.modules[path], name, value)
 
     def mark(self) -> int:
-        """To come back to."""
+        """A position in the log, for ``back_to``."""
         return len(self._log)
 
     def back_to(self, mark: int) -> None:
@@ -42,28 +42,28 @@ class Attributes:
             setattr(self.modules[path], name, before)
 
     def follow_parameters(self) -> None:
-        """PyTorch's own modules say their widths."""
+        """Updates the width attributes of PyTorch's own modules from their parameters."""
         for path, module in self.modules.items():
             for name, value in widths(module).items():
                 if getattr(module, name) != value:
                     self.set(path, name, value)
 
     def holders(self, where: str, old: int, upwards: bool) -> Iterator[tuple[str, str]]:
-        """Attributes that hold this number: in the module where it is needed, then in those around it."""
+        """Attributes equal to this number, in the module and then in those around it."""
         for path in upwards_from(where) if upwards else [where]:
             names = [name for name in vars(self.modules[path]) if self.hold(path, name, old)]
             for name in sorted(names, key=_unlikely):
                 yield path, name
 
     def hold(self, path: str, name: str, old: int) -> bool:
-        """Whether this attribute is this number, or several of which one is."""
+        """Whether an attribute equals the number, or is a sequence that has it."""
         value = vars(self.modules[path]).get(name)
         if isinstance(value, (tuple, list)):
             return bool(value) and all(_is_number(each) for each in value) and old in value
         return _is_number(value) and value == old
 
     def candidates(self, path: str, name: str, old: int, changes: Mapping[int, int]) -> list[Any]:
-        """What an attribute may have to be; of several numbers all that change, or this one alone."""
+        """New values to try for an attribute; of a sequence, all numbers that change or this one alone."""
         value = getattr(self.modules[path], name)
         if not isinstance(value, (tuple, list)):
             return [changes[old]]
@@ -71,7 +71,7 @@ class Attributes:
         return [like(value, [each.get(int(number), int(number)) for number in value]) for each in several]
 
     def apply_to(self, model: nn.Module) -> None:
-        """Makes the same changes in a copy of the model."""
+        """Replays the changes on a copy of the model."""
         modules = dict(model.named_modules())
         for path, values in self.changed.items():
             for name, value in values.items():
@@ -79,7 +79,7 @@ class Attributes:
 
 
 def like(value: Any, several: list[int]) -> Any:
-    """A tuple, a named one or a list, as the value is."""
+    """``items`` as the type of ``value``: tuple, named tuple or list."""
     return getattr(type(value), "_make", type(value))(several)
 
 

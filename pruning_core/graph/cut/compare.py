@@ -30,7 +30,7 @@ class CutModel:
     accept: Callable[[Any], float]
 
     def run(self) -> Outcome:
-        """One pass of the cut model, up to where it diverges."""
+        """Runs the cut model up to the first divergence."""
         args, kwargs = self.example
         path, compare = ModulePath(self.model), Comparing(self.trace)
         try:
@@ -46,7 +46,7 @@ class CutModel:
             path.remove()
 
     def holds(self) -> bool:
-        """Whether it runs through and its output is accepted."""
+        """Whether the model runs through and its output is accepted."""
         run = self.run()
         try:
             return run.error is None and self.accept(run.output) >= 0
@@ -65,11 +65,11 @@ class Outcome:
 
 
 class Diverged(Exception):  # noqa: N818 - it ends a run, it is no error by itself
-    """The cut model does something else than the dense one did."""
+    """The cut model computes something other than the masked one."""
 
 
 class Comparing(TorchDispatchMode):
-    """Compares every shape of a cut model with what is left of the dense model's."""
+    """Dispatch mode that compares every shape of a cut model with the expected one."""
 
     def __init__(self, trace: MaskedRun) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Comparing(TorchDispatchMode):
 
 
 def _numbers_fit(operation: Operation, numbers: Numbers, dead: Tensor, pointwise: bool) -> bool:
-    """Sizes may change as the cut demands; what is computed with may not."""
+    """Whether number arguments agree: sizes may change as the cut demands, other numbers may not."""
     if len(numbers) != len(operation.numbers) or numbers == operation.numbers:
         return numbers == operation.numbers
     changes = {} if pointwise else demands(operation, dead)
@@ -119,7 +119,7 @@ def _near(was: float, now: float) -> bool:
 
 
 def expected(operation: Operation, dead: Tensor) -> list[tuple[int, ...] | None]:
-    """The shapes that are left; None where nothing is known."""
+    """The shapes after the cut; None where unknown."""
     shadows = (
         operation.shadow if isinstance(operation.shadow, (tuple, list)) else [operation.shadow] * len(operation.shapes)
     )
@@ -129,7 +129,7 @@ def expected(operation: Operation, dead: Tensor) -> list[tuple[int, ...] | None]
 
 
 def left(labels: Tensor, dead: Tensor) -> tuple[int, ...] | None:
-    """The shape of a label tensor when its dead labels are taken out; None where that is no rectangle."""
+    """The shape of a label tensor without its dead labels; None where that is not rectangular."""
     core = unexpanded(labels)[0]
     alive = ~dead[core.long()]
     shape = []
@@ -143,7 +143,7 @@ def left(labels: Tensor, dead: Tensor) -> tuple[int, ...] | None:
 
 
 def demands(operation: Operation, dead: Tensor) -> dict[int, int]:
-    """Which sizes must become which; first those among the operation's own arguments."""
+    """(old, new) sizes that must change, those among the operation's own arguments first."""
     changes: dict[int, int] = {}
     for shape, shadow in operation.tensors:
         now = left(shadow, dead) if isinstance(shadow, Tensor) else None

@@ -1,4 +1,4 @@
-"""Changes the sizes that a cut model's modules keep as attributes until it does what the dense one did."""
+"""Updates attributes of a cut model that hold sizes, until it computes what the masked model does."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Change = tuple[str, str, Any]
 
 
 def follow(attributes: Attributes, cut: CutModel) -> float:
-    """Runs the cut model; where it stumbles over a size, changes the attribute that says it, and runs it again.
+    """Runs the cut model, changes the attribute behind each wrong size, and repeats until the run agrees.
 
-    The relative difference of its output from the masked model's.
+    Returns the relative difference between its output and the masked model's.
     """
     _follow_inputs(attributes, cut.trace)
     mark = attributes.mark()
@@ -38,7 +38,7 @@ def follow(attributes: Attributes, cut: CutModel) -> float:
 
 
 def _follow_inputs(attributes: Attributes, trace: MaskedRun) -> None:
-    """An instance norm without weights has nothing else to say how wide it is."""
+    """Sets the width of instance norms without weights, from their inputs."""
     for operation in trace.operations:
         module = attributes.modules[operation.where]
         if operation.name != "instance_norm" or not isinstance(module, _InstanceNorm) or list(module.buffers()):
@@ -50,7 +50,7 @@ def _follow_inputs(attributes: Attributes, trace: MaskedRun) -> None:
 
 
 def follow_usual_names(attributes: Attributes, cut: CutModel, plan: Plan) -> None:
-    """Sets sizes that no code reads. Where some does after all, and fails or gives something else, they stay."""
+    """Sets attributes that no code reads; reverted where the run then fails or differs."""
     wanted = list(usual(cut.model, plan, attributes.changed))
     every = {name for _, name, _ in wanted}
     for names in ([every] if wanted else []) + [{name} for name in sorted(every)]:
@@ -82,7 +82,7 @@ class Follower:
             self._at[place].append(operation)
 
     def run(self) -> Any:
-        """Runs the cut model until nothing is left to change; its output."""
+        """Runs and mends the cut model until it agrees; the accepted difference of its output."""
         run = self.cut.run()
         while run.error is not None:
             operation = self.trace.operations[min(run.at, len(self.trace.operations) - 1)]
@@ -97,7 +97,7 @@ class Follower:
         return run.output
 
     def _mended(self, operation: Operation, run: Outcome) -> Outcome | None:
-        """The first change that lets the model come further."""
+        """Applies the first change that lets the run get further; whether there is one."""
         for changes in self._changes(operation, run.where):
             mark = self.attributes.mark()
             for path, name, value in changes:

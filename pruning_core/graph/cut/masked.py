@@ -1,4 +1,4 @@
-"""The reference in the user's hands: a dense model that computes what the cut one will, and trains."""
+"""``masked_``: a dense, trainable model that computes what the cut one will."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pruning_core.graph.trace.labels import Axis
 
 @dataclass
 class Masked:
-    """A model under ``masked_``; ``undo()`` makes it dense again, with the weights it has by then elsewhere."""
+    """A model under ``masked_``; ``undo()`` restores the zeroed weights and keeps all others as trained."""
 
     before: list[tuple[Tensor, int, Tensor, Tensor]] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
 
     def undo(self) -> None:
-        """Removes the hooks and puts the zeroed weights back."""
+        """Removes the hooks and restores the zeroed weights."""
         for hook in self.hooks:
             hook.remove()
         with torch.no_grad():
@@ -33,9 +33,9 @@ class Masked:
 
 
 def masked_(model: nn.Module, plan: Plan) -> Masked:
-    """Zeroes what reads removed channels, and lets norms over channels take their statistics over the kept ones.
+    """Zeroes the consumers of removed channels, and takes norm statistics over the kept channels.
 
-    Nothing becomes smaller. In evaluation mode the outputs are those of the model after ``slim_``; in training mode
+    No tensor becomes smaller. In evaluation mode the outputs are those of the model after ``slim_``; in training mode
     too, where no dropout draws numbers, and so are the gradients of everything that is kept.
     """
     plan.check(model)

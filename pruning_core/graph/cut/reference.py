@@ -1,7 +1,7 @@
 """The reference: the dense model, masked, computing what the cut one must compute.
 
-Whatever reads removed channels reads zeros in their place, and norms take their statistics over the kept ones. So cut
-and reference are equal for any activation, bias, norm, gate and padding in between.
+Consumers of removed channels read zeros, and norms take their statistics over the kept channels. So cut model and
+reference are equal for any activation, bias, norm, gate and padding in between.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def dead_labels(labels: Labels, plan: Plan) -> Tensor:
 
 
 def masked_run(model: nn.Module, plan: Plan, example: Inputs) -> MaskedRun:
-    """What the cut model must give on the example, as ``output``, and every operation on the way."""
+    """Runs the reference on the example; keeps its ``output`` and every operation."""
     labels = Labels(plan.narrow_heads)
     stored = StoredTensors(labels, model)
     return record(MaskedRun(labels, stored, dead_labels(labels, plan)), model, example, training=False)

@@ -26,7 +26,7 @@ def put(tensor: Tensor, data: Tensor) -> None:
 
 
 def laid_out(part: Tensor, whole: Tensor) -> Tensor:
-    """A part in the memory format of the whole."""
+    """``part`` in the memory format of ``whole``."""
     for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if whole.dim() == dims and whole.is_contiguous(memory_format=layout) and not whole.is_contiguous():
             return part.contiguous(memory_format=layout)
@@ -34,7 +34,7 @@ def laid_out(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def cut_parameters(model: nn.Module, plan: Plan) -> None:
-    """Slices every parameter and buffer of the plan, and the gradient is dropped."""
+    """Slices every parameter and buffer of the plan in place; gradients are dropped."""
     tensors = named_tensors(model)
     by_tensor: dict[str, list[Axis]] = {}
     for axis in plan.removed:

@@ -1,4 +1,4 @@
-"""What was cut, kept with the model: how to cut a fresh dense model the same way, and how to pad it back."""
+"""The structure of a cut model: plain data to cut a fresh dense model alike, or to pad a state dict back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ATTRIBUTE = "_pruning_core_structure"
 
 
 def remember(model: nn.Module, plan: Plan, attributes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Adds one cut to the model's history; what is kept is said in the dense model's indices."""
+    """Adds one cut to the model's structure, in indices of the dense model."""
     known = structure(model) or {
         "format": FORMAT,
         "version": VERSION,
@@ -53,12 +53,12 @@ def keep_structure(model: nn.Module, found: dict[str, Any]) -> None:
 
 
 def structure(model: nn.Module) -> dict[str, Any] | None:
-    """Plain data (JSON) that makes a fresh dense model as slim as this one; None of a model that was never cut."""
+    """Plain data (JSON) to cut a fresh dense model like this one; None for a model that was never cut."""
     return model.__dict__.get(ATTRIBUTE)
 
 
 def apply_structure(model: nn.Module, found: Mapping[str, Any]) -> None:
-    """Cuts a fresh dense model without tracing it. Its weights keep their values at the kept indices."""
+    """Cuts a fresh dense model in place by ``structure``, without a trace; weights keep the values at kept indices."""
     if found.get("format") != FORMAT or found.get("version") != VERSION:
         raise GraphError(
             f"structure: is none of version {VERSION}, got format {found.get('format')!r} "
@@ -77,7 +77,7 @@ def apply_structure(model: nn.Module, found: Mapping[str, Any]) -> None:
 
 
 def expanded(state: Mapping[str, Tensor], found: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A slim state dict padded back to the dense shapes; what was cut is zero."""
+    """A slim state dict padded with zeros to the dense shapes."""
     full = dict(state)
     for name, entry in found["kept"].items():
         axis = Axis.parse(name)

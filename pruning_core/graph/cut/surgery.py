@@ -1,4 +1,4 @@
-"""Removes channels for real, in place: the same modules, the same Parameter objects, smaller."""
+"""Removes channels in place: same modules, same Parameter objects, smaller tensors."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _wanted(trace: MaskedRun, leaf: Tensor, outputs_may_shrink: bool) -> Tensor:
 
 
 def kept_part(trace: MaskedRun, output: Tensor, value: Tensor) -> Tensor:
-    """What is left of a value at the place of an output that loses channels."""
+    """The kept part of a value that lies where an output loses channels."""
     shadow = trace.shadow_of(output)
     shape = left(shadow, trace.dead) if isinstance(shadow, Tensor) else None
     if not isinstance(shadow, Tensor) or shape is None or shape == tuple(output.shape):
@@ -139,7 +139,7 @@ def _compare(reference: list[Tensor], got: list[Tensor], dtypes: set[torch.dtype
 
 
 class Undo:
-    """Everything a cut replaces, to put back."""
+    """A snapshot of everything a cut replaces, for rollback."""
 
     def __init__(self, models: list[nn.Module]) -> None:
         self.tensors = [self._tensors(model) for model in models]
@@ -150,7 +150,7 @@ class Undo:
         return {name: (tensor, tensor.data, tensor.grad) for name, tensor in named_tensors(model).items()}
 
     def run(self) -> None:
-        """Puts tensors, gradients and attributes back."""
+        """Restores tensors, gradients and attributes."""
         for tensors in self.tensors:
             for tensor, data, grad in tensors.values():
                 put(tensor, data)

@@ -1,4 +1,4 @@
-"""Sizes that no code reads while the model runs, but people and libraries do: known by the names they usually have."""
+"""Size attributes that only people and other libraries read, such as ``hidden_size``, recognised by name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEY = frozenset("k k_proj k_lin key key_proj to_k wk".split())
 
 
 class Size(NamedTuple):
-    """One axis of a weight of a module or of its child: what it was and is."""
+    """The old and new size of one axis of a weight of a module or its child."""
 
     child: str
     read: bool
@@ -37,7 +37,7 @@ class Size(NamedTuple):
 
 
 def usual(model: nn.Module, plan: Plan, changed: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, int]]:
-    """Attributes to set, in modules other than PyTorch's own, where one new value is possible and none was found."""
+    """Attributes to set in modules other than PyTorch's own, where exactly one new value is possible."""
     near = _sizes(model, plan)
     for path, module in model.named_modules():
         known = changed.get(path, {})

@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 
 def widths(module: nn.Module) -> dict[str, Any]:
-    """What a module's attributes must be, by the shapes of its parameters as they are now."""
+    """The attributes of a module that follow from the current shapes of its parameters."""
     if isinstance(module, _ConvNd):
         return _conv(module)
     if isinstance(module, nn.Linear):

@@ -1,4 +1,4 @@
-"""What layers read, channel by channel, while a model runs on real batches."""
+"""Mean absolute activations per channel, recorded while a model runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pruning_core.graph.trace.shadows import StoredTensors
 
 
 class ActivationRecorder(Recorder):
-    """Adds up the absolute values that go into weighted layers, by label."""
+    """Sums absolute inputs of weighted layers, by label."""
 
     def __init__(self, labels: Labels, stored: StoredTensors) -> None:
         super().__init__(labels, stored)

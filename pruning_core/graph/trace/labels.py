@@ -1,4 +1,4 @@
-"""Labels: one integer for each index of each axis of each parameter, and what is known of them.
+"""Labels: one integer for each index of each axis of each parameter, with ties and freezes.
 
 An activation carries, element by element, the label of the parameter index that produced it; label 0 is none. Channels
 that go together are tied; channels that must stay are frozen, with the reason. ``couple`` solves them into units.
@@ -46,7 +46,7 @@ def varying(labels: Tensor) -> list[int]:
 
 
 def compact(labels: Tensor) -> Tensor:
-    """The same labels, stored once along the dimensions where they do not differ (an expanded view)."""
+    """The same labels as an expanded view: stored once along dimensions where they do not vary."""
     core = labels
     for dim in reversed(range(labels.dim())):
         if core.shape[dim] > 1 and not varies(core, dim):
@@ -87,7 +87,7 @@ class Labels:
 
     @contextmanager
     def at(self, place: str) -> Iterator[None]:
-        """Names the place in the model that everything frozen inside is frozen at."""
+        """Inside the ``with`` block, reasons of freezes name this place in the model."""
         outer, self.place = self.place, place
         try:
             yield
@@ -111,13 +111,13 @@ class Labels:
         return len({self.owner(int(label)) for label in labels.unique()}) == 1
 
     def tie(self, left: Tensor, right: Tensor, because: str = "") -> None:
-        """Element by element: both go or both stay. Beside no label, a label is frozen."""
+        """Ties labels element by element; a label that meets none is frozen."""
         left, right = self._pairs(left, right)
         self.freeze(torch.cat([left[right == NONE], right[left == NONE]]), because or "meets a fixed size")
         self._keep_pairs(left, right)
 
     def tie_where_both(self, left: Tensor, right: Tensor) -> None:
-        """Like ``tie``, but a label beside no label is left alone."""
+        """Like ``tie``, but a label that meets none stays free."""
         self._keep_pairs(*self._pairs(left, right))
 
     def tie_along(self, labels: Tensor, dim: int) -> Tensor:
@@ -128,11 +128,11 @@ class Labels:
         return first
 
     def balance(self, left: Tensor, right: Tensor) -> None:
-        """As many go on one side as on the other, not the same ones: two pieces of one ``chunk``."""
+        """Requires as many removals on one side as on the other: two pieces of one ``chunk``."""
         self.balances.append((left, right))
 
     def freeze(self, labels: Tensor, because: str) -> None:
-        """Marks labels as staying, with the reason that ``frozen()`` gives."""
+        """Freezes labels, with the reason that ``frozen()`` reports."""
         labels = unexpanded(labels)[0].unique()
         labels = labels[labels != NONE]
         if labels.numel():

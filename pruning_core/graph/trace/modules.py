@@ -1,4 +1,4 @@
-"""Ties that the code of PyTorch's own modules needs, beyond those of their operations."""
+"""Ties that PyTorch's own modules need beyond those of their operations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What kinds of operations there are, by name: which read channels, which say sizes, which make or copy tensors."""
+"""Sets of operation names: which consume channels, which take sizes, which create tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sees every operation of one run on real tensors, with labels beside the numbers.
+"""Records every operation of one run on real tensors, with a shadow of labels beside each.
 
 In inference mode PyTorch hands whole operations (``linear``, ``batch_norm``, ``lstm``, ``einsum``) to a dispatch mode.
 So whatever the model can run can be traced: no exporter, no symbolic shapes, data-dependent code included.
@@ -45,7 +45,7 @@ class Call:
         return argument in self.arguments
 
     def shadow(self, argument: str) -> Shadow:
-        """What is known of a tensor argument."""
+        """The shadow of a tensor argument."""
         return self.shadows.get(id(self.arguments.get(argument)))
 
     def numbers(self) -> Numbers:
@@ -96,7 +96,7 @@ class ModulePath:
         self.stack.pop()
 
     def remove(self) -> None:
-        """Takes the hooks off the model."""
+        """Removes the hooks from the model."""
         for hook in self._hooks:
             hook.remove()
 
@@ -130,11 +130,11 @@ class Recorder(TorchDispatchMode):
         self.output: Any = None
 
     def begin(self, rule_of: Callable[[Call], Any], path: ModulePath) -> None:
-        """``rule_of`` gives what an operation does to labels."""
+        """Starts a run; ``rule_of`` maps a call to its rule."""
         self.rule_of, self.path = rule_of, path
 
     def shadow_of(self, tensor: Tensor) -> Shadow:
-        """What is known of a tensor: its own labels, or those of the parameter it lies in."""
+        """The shadow of a tensor: its own labels, or those of the parameter whose memory it shares."""
         if tensor in self.shadows:
             return self.shadows[tensor]
         return self.stored.shadow(tensor)
@@ -164,7 +164,7 @@ class Recorder(TorchDispatchMode):
         return tuple((i, number) for i, number in found if number is not None)
 
     def entered(self, path: str, tensors: list[Tensor]) -> None:
-        """A module begins: the labels of its first labelled input are kept."""
+        """Called when a module begins: remembers the labels of its first labelled input."""
         self._quiet = True
         shadows = [self.shadow_of(each) for each in tensors]
         known = next((each for each in shadows if isinstance(each, Tensor) and holds_any(each)), None)
@@ -173,11 +173,11 @@ class Recorder(TorchDispatchMode):
         self._quiet = False
 
     def execute(self, call: Call, args: Any, kwargs: Any) -> Any:
-        """Runs the operation itself; subclasses change what it computes."""
+        """Executes the operation; overridden where the result must change."""
         return call.func(*args, **kwargs)
 
     def buffer(self, shape: tuple[int, ...]) -> Tensor:
-        """The shadow of a fresh tensor: labels in memory of their own, that views of it write into."""
+        """A shadow for a fresh tensor; views of the tensor write into it."""
         labels = torch.zeros(shape, dtype=torch.int32)
         self._buffers[labels.untyped_storage().data_ptr()] = labels
         return labels
@@ -187,21 +187,21 @@ class Recorder(TorchDispatchMode):
         return labels.untyped_storage().data_ptr() in self._buffers
 
     def consume(self, source: Tensor, taken: Tensor) -> None:
-        """A weight's axis reads these channels; a tensor of fixed size can lose none."""
+        """Ties an axis of a weight to the channels it consumes; freezes them where the weight has a fixed size."""
         self.consumers.update(axis for axis in {self.labels.owner(int(label)) for label in taken.unique()} if axis)
         self.labels.tie(source, taken, "meets an input of fixed size")
 
     def cost(self, vectors: Sequence[Tensor], rows: int) -> None:
-        """Multiply-adds of this operation: so many rows for each combination of these channels."""
+        """Adds the multiply-adds of an operation: ``rows`` per combination of these channels."""
         self.costs.append(Cost(rows, tuple(vectors)))
 
     def known(self, tensor: Tensor) -> Tensor | None:
-        """An activation's labels, if it has a shadow."""
+        """The labels of an activation, None without a shadow."""
         shadow = self.shadow_of(tensor)
         return shadow if isinstance(shadow, Tensor) else None
 
     def adopt(self, tensor: Tensor, labels: Tensor) -> None:
-        """A tensor without labels lies beside labelled ones: from here on it goes with them."""
+        """Gives labels to a tensor without any, from labelled ones it meets."""
         self.shadows[tensor] = labels
 
     def activation(self, call: Call, argument: str) -> Tensor:
@@ -237,7 +237,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Operation:
-    """What one operation took and gave: enough to say what a cut model must do in its place."""
+    """Arguments, result shapes and shadows of one operation, for comparison with a cut model."""
 
     name: str
     where: str
@@ -250,7 +250,7 @@ class Operation:
 
     @classmethod
     def of(cls, call: Call, result: Any, shadow: Any, constants: tuple[tuple[int, float], ...]) -> Operation:
-        """What is kept of a call."""
+        """The record of a call."""
         given = shadow if isinstance(shadow, (tuple, list)) else [shadow]
         results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         known = [(tuple(each.shape), call.shadows[id(each)]) for each in call.tensors()]

@@ -1,4 +1,4 @@
-"""Runs a model for its labels and leaves it as it was."""
+"""Runs a model under a recorder, without side effects."""
 
 from __future__ import annotations
 

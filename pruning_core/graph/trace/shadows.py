@@ -1,4 +1,4 @@
-"""What the trace knows of a tensor: the labels of an activation's elements, or those of a parameter's axes.
+"""Shadows: the labels of an activation's elements, or of a parameter's axes.
 
 An activation's shadow is a label tensor of its shape. A parameter's shadow has one vector of labels for each axis; any
 view of a parameter shares its memory, so its axes are read from its strides, whatever operations made it.
@@ -19,7 +19,7 @@ Move = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class AxisLabels:
-    """Of each axis its labels, or None where no label belongs to it alone."""
+    """Per axis: its labels, or None where none belongs to it alone."""
 
     axes: tuple[Tensor | None, ...]
     shape: tuple[int, ...]
@@ -77,7 +77,7 @@ class StoredTensors:
         return [*model.named_parameters(), *model.named_buffers()]
 
     def shadow(self, view: Tensor) -> AxisLabels | None:
-        """None of a tensor that lies in no parameter."""
+        """The axes' labels of a view of a parameter; None for a tensor outside of all parameters."""
         if view.layout != torch.strided:
             return None
         for name, tensor in self._by_memory.get(_memory(view), ()):

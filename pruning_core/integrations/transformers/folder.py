@@ -48,9 +48,9 @@ def save_pretrained_sparse(
     max_shard_size: str | int = "5GB",
     push_to_hub: str | None = None,
 ) -> None:
-    """``model.save_pretrained(folder)`` with packed weights; ``push_to_hub="user/name"`` uploads the folder.
+    """Like ``model.save_pretrained(folder)``, with packed weights; ``push_to_hub="user/name"`` uploads the folder.
 
-    Shards are as many as the dense model would have. Save the tokenizer beside it as usual.
+    There are as many shards as of the dense model. Save the tokenizer to the same folder as usual.
     """
     packing, folder = Packing.of(codec, values, pattern), Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def save_pretrained_sparse(
 
 
 def pack_folder(source: str | Path, folder: str | Path, packing: Packing, name: str | None = None) -> None:
-    """The same for a folder that ``save_pretrained`` wrote; its other files are copied. ``name`` is for the card."""
+    """Packs a folder that ``save_pretrained`` wrote; other files are copied. ``name`` is for the model card."""
     source, folder = Path(source), Path(folder)
     config, shards = read_folder(source)
     about = config.get("quantization_config") or {}
@@ -80,7 +80,7 @@ def pack_folder(source: str | Path, folder: str | Path, packing: Packing, name: 
 
 
 def unpack_folder(source: str | Path, folder: str | Path) -> None:
-    """The dense folder again, without a card that speaks of packed weights."""
+    """Writes the dense folder of a packed one, without the card about packed weights."""
     source, folder = Path(source), Path(folder)
     config, shards = read_folder(source)
     about = config.pop("quantization_config", None) or {}

@@ -1,4 +1,4 @@
-"""``transformers`` reads packed weights and cut models: what its own registries need to know. Imported after it.
+"""Registers packed and slim models with ``transformers``; imported after it.
 
 A packed weight lies under its own name as a row of bytes. ``transformers`` without this loader finds that its shape is
 not the layer's and refuses; with it, every such row becomes the weight before anything else is done with it.
@@ -93,7 +93,7 @@ def _unpack() -> Any:
     from transformers.core_model_loading import ConversionOps
 
     class Unpack(ConversionOps):
-        """Rows of bytes become weights; weights stay as they are, and so this is its own inverse."""
+        """Conversion of packed rows to weights; weights pass unchanged, so it is its own inverse."""
 
         def convert(self, input_dict: dict[str, Any], *patterns: Any, **kwargs: Any) -> dict[str, Any]:
             dtype = _dtype(kwargs.get("model"), kwargs.get("full_layer_name", ""))

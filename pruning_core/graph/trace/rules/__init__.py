@@ -24,7 +24,7 @@ def rule_of(call: Call) -> Rule:
 
 
 def unknown(trace: Recorder, call: Call) -> Any:
-    """What nobody has described may do anything with its channels: they stay."""
+    """Freezes the channels of an operation without a rule."""
     for shadow in call.shadows.values():
         trace.freeze(shadow, "an operation without a rule")
     return None

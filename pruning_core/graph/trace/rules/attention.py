@@ -1,4 +1,4 @@
-"""Attention in one operation: whole heads go, or, where that was asked for, the same channels of every head."""
+"""Fused attention: removes whole heads or, with ``narrow_heads``, the same channels of every head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pruning_core.graph.trace.shadows import as_activation
 
 @rule("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu")
 def attention(trace: Recorder, call: Call) -> Any:
-    """Query, key and value go by head, or each head loses the same channels."""
+    """``scaled_dot_product_attention``: ties query, key and value by head, or channels across heads."""
     query, key, value = (trace.activation(call, name) for name in ("query", "key", "value"))
     one = query.dim() < 4
     if one:

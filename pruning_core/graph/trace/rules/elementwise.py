@@ -1,4 +1,4 @@
-"""Operations that meet element by element, those that write in place, and those that know nothing."""
+"""Pointwise operations, in-place writes, and operations without labelled inputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MEET = "where masked_fill masked_fill_ lerp addcmul addcdiv _assert_tensor_metad
 
 @rule(*BUFFERS)
 def nothing_known(trace: Recorder, call: Call) -> Any:
-    """A fresh tensor may be a buffer that labelled values are written into."""
+    """No labelled input; a fresh tensor may become a buffer that labelled values are written into."""
     if call.name in BUFFERS and isinstance(call.result, Tensor):
         return trace.buffer(tuple(call.result.shape))
     return None
@@ -98,7 +98,7 @@ def _parameters(labels: Labels, shadows: list[AxisLabels], shape: tuple[int, ...
 
 
 class Met:
-    """Operands that meet one after another. What is broadcast over channels serves all of them, so it stays."""
+    """Broadcasts operands one after another. A value broadcast over channels serves all of them and is frozen."""
 
     def __init__(self, ties: Labels, shape: tuple[int, ...]) -> None:
         self.ties, self.shape = ties, shape
@@ -158,7 +158,7 @@ def _parameter_beside(labels: Labels, shadow: AxisLabels, there: Tensor) -> None
       "scatter", "scatter_add_", "scatter_add", "masked_scatter_", "masked_scatter", "slice_scatter", "select_scatter",
       "set_")  # fmt: skip
 def write(trace: Recorder, call: Call) -> Any:
-    """Into a fresh buffer the labels are written as well; into labelled values only labels that go together."""
+    """In-place writes: labels are copied into a fresh buffer, tied where labelled values are overwritten."""
     source = next((call[name] for name in ("source", "src", "values") if isinstance(call[name], Tensor)), None)
     shadow = call.shadows.get(id(source))
     target = call.shadow("self")

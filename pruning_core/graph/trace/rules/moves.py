@@ -1,4 +1,4 @@
-"""Operations that move data: they are executed on the labels themselves."""
+"""Data movement: view, permute, cat, slice, roll, pad. Executed on the labels themselves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PIECES = "split unsafe_split split_with_sizes unsafe_split_with_sizes chunk unsa
 
 
 def run(call: Call, main: str, labels: Tensor) -> Any:
-    """The operation itself, on labels in the place of its tensor."""
+    """Executes the operation on labels in place of its tensor."""
     if call.name in ("view", "_unsafe_view", "reshape", "view_as", "reshape_as", "_reshape_alias"):
         return labels.reshape(call.result.shape)
     if call.name in ("expand_as", "broadcast_to"):
@@ -65,7 +65,7 @@ def view(trace: Recorder, call: Call) -> Any:
 
 @rule("select")
 def select(trace: Recorder, call: Call) -> Any:
-    """Picks one by number: those before it stay, or the number would mean another."""
+    """Selects one index: channels up to it are frozen, since the number would mean another."""
     shadow, index = call.shadow("self"), call["index"]
     if isinstance(shadow, Tensor) and varying(shadow) == [dim := call["dim"] % shadow.dim()]:
         before = shadow.narrow(dim, 0, index + 1) if index >= 0 else shadow.narrow(dim, index, -index)
@@ -75,7 +75,7 @@ def select(trace: Recorder, call: Call) -> Any:
 
 @rule("slice")
 def sliced(trace: Recorder, call: Call) -> Any:
-    """A range; with a step, channels are picked by number and freeze."""
+    """A range keeps its labels; with a step, channels are selected by number and frozen."""
     shadow = call.shadow("self")
     if isinstance(shadow, Tensor) and call["step"] > 1 and varies(shadow, call["dim"]):
         trace.freeze(shadow, "is picked from by number")
@@ -84,7 +84,7 @@ def sliced(trace: Recorder, call: Call) -> Any:
 
 @rule("roll")
 def roll(trace: Recorder, call: Call) -> Any:
-    """Channels that are rolled over change their numbers and freeze."""
+    """Freezes channels that are rolled; positions move."""
     shadow = call.shadow("self")
     if isinstance(shadow, Tensor) and any(varies(shadow, dim) for dim in call["dims"] or range(shadow.dim())):
         trace.freeze(shadow, "is rolled over channels")
@@ -93,7 +93,7 @@ def roll(trace: Recorder, call: Call) -> Any:
 
 @rule("glu")
 def glu(trace: Recorder, call: Call) -> Any:
-    """A channel goes with its gate."""
+    """Ties each channel to its gate."""
     first, second = trace.activation(call, "self").chunk(2, call["dim"])
     if varies(first, call["dim"]):
         trace.labels.tie(first, second)
@@ -114,7 +114,7 @@ def unbind(trace: Recorder, call: Call) -> Any:
 
 @rule(*PIECES)
 def pieces(trace: Recorder, call: Call) -> Any:
-    """Pieces of one size go on having one size: ``chunk`` and ``split(self.c)`` give nothing else."""
+    """``chunk``, ``split``: balances pieces of equal size; freezes unequal ones."""
     shadow = call.shadow("self")
     if shadow is None:
         return None
@@ -182,7 +182,7 @@ def _joined(trace: Recorder, call: Call, tensors: list[Tensor]) -> Tensor:
 
 @rule("index", "index_select", "gather", "take_along_dim", "masked_select")
 def index(trace: Recorder, call: Call) -> Any:
-    """Picks by number; along an axis of channels the numbers would mean others after a cut."""
+    """Indexing by number; along an axis of channels it freezes them."""
     shadow = call.shadow("self")
     dims = [call["dim"]] if "dim" in call else _indexed(call)
     if isinstance(shadow, AxisLabels):
@@ -212,7 +212,7 @@ def _indexed(call: Call) -> list[int]:
 
 @rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
 def pad(trace: Recorder, call: Call) -> Any:
-    """What is padded beside a channel belongs to it; channels that are padded on are nobody's."""
+    """Padding beside a channel has its label; padded channels have none."""
     shadow = call.shadow("self")
     if isinstance(shadow, AxisLabels):
         shadow = as_activation(trace.labels, shadow, shadow.shape)
@@ -232,7 +232,7 @@ def pad(trace: Recorder, call: Call) -> Any:
 
 @rule("pixel_shuffle")
 def pixel_shuffle(trace: Recorder, call: Call) -> Any:
-    """The sub-pixels of one channel are one channel."""
+    """Ties the sub-pixels of one channel."""
     shadow = trace.activation(call, "self")
     together = shadow.unflatten(-3, (-1, call["upscale_factor"] ** 2))
     trace.labels.tie_along(together, together.dim() - 3)
@@ -242,7 +242,7 @@ def pixel_shuffle(trace: Recorder, call: Call) -> Any:
 
 @rule("channel_shuffle", "native_channel_shuffle")
 def channel_shuffle(trace: Recorder, call: Call) -> Any:
-    """Its groups go on being as many, and each loses the same channels."""
+    """Keeps the number of groups; ties the same channels across groups."""
     shadow = trace.activation(call, "self")
     trace.labels.tie_along(shadow.unflatten(1, (call["groups"], -1)), 1)
     return compact(run(call, "self", shadow))

@@ -1,4 +1,4 @@
-"""Normalisation. A norm over channels takes its statistics over those that are kept."""
+"""Normalisation. A norm over channels takes its statistics over the kept ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _tie_parameters(trace: Recorder, call: Call, labels: Tensor, names: tuple[st
 @rule("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
       "instance_norm")  # fmt: skip
 def batch_norm(trace: Recorder, call: Call) -> Any:
-    """Weight, bias and statistics go with the channel."""
+    """Ties weight, bias and statistics to the channel."""
     labels = trace.activation(call, "input")
     channels = along(trace, labels, 1)
     _tie_parameters(trace, call, channels, ("weight", "bias", "running_mean", "running_var"))
@@ -70,7 +70,7 @@ def _many(trace: Recorder, call: Call, labels: Tensor, dims: list[int]) -> None:
 
 @rule("group_norm", "native_group_norm")
 def group_norm(trace: Recorder, call: Call) -> Any:
-    """Groups go on being as many, and each loses the same channels; a group of one channel goes with it."""
+    """Keeps the number of groups and ties the same channels across groups; a group of one channel goes with it."""
     labels = trace.activation(call, "input")
     channels = along(trace, labels, 1)
     trace.norms.add(call.where)
@@ -84,7 +84,7 @@ def group_norm(trace: Recorder, call: Call) -> Any:
 
 @rule("_weight_norm", "_weight_norm_interface")
 def weight_norm(trace: Recorder, call: Call) -> Any:
-    """Output channels may go; an axis that the norm sums over may not."""
+    """Output channels are removable; axes that the norm sums over are frozen."""
     value, scale = call.shadow("v"), call.shadow("g")
     if not isinstance(value, AxisLabels) or not isinstance(scale, AxisLabels):
         trace.freeze(value, "an operation without a rule")

@@ -1,4 +1,4 @@
-"""Products of activations: matrix products, einsum, attention. They are all sums over letters."""
+"""Matrix products, einsum and unfused attention, all written as einsum letters."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def _cost(trace: Recorder, call: Call, a: Tensor, b: Tensor) -> None:
 
 
 def _matched(trace: Recorder, a: Tensor, b: Tensor, at: int) -> None:
-    """A sum over channels on both sides: the same ones go on both, at all positions."""
+    """A contraction over channels of two activations: ties both sides, at all positions."""
     left, right = (each.movedim(at, -1).reshape(-1, each.shape[at]) for each in (a, b))
     first = trace.labels.tie_along(left, 0)[0]
     trace.labels.tie(first, trace.labels.tie_along(right, 0)[0])
@@ -189,7 +189,7 @@ def _without_heads(trace: Recorder, labels: Tensor, heads: list[int]) -> Tensor:
 
 
 def _one_head(trace: Recorder, a: Tensor, b: Tensor, at: int) -> None:
-    """What is multiplied head by head loses heads as a whole."""
+    """Products per head: ties each head as a whole."""
     left, right = (each.movedim(at, 0).reshape(each.shape[at], -1) for each in (a, b))
     for each in (left, right):
         trace.labels.tie(each, each[:, :1].expand(each.shape))

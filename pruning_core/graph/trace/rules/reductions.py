@@ -1,4 +1,4 @@
-"""Operations that put many elements together: pools, sums, softmax."""
+"""Reductions: pools, sums, softmax, sorting."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ for _spatial, _names in POOLS.items():
 
 @rule(*SOFTMAX.split())
 def softmax(trace: Recorder, call: Call) -> Any:
-    """Over positions nothing happens; over channels they freeze."""
+    """Over positions labels pass; over channels they are frozen."""
     labels = trace.activation(call, "self")
     if varies(labels, call["dim"] % max(labels.dim(), 1)):
         trace.labels.freeze(labels, f"a {call.name.strip('_')} over channels")
@@ -70,7 +70,7 @@ def softmax(trace: Recorder, call: Call) -> Any:
 
 @rule(*SUMS.split())
 def reduction(trace: Recorder, call: Call) -> Any:
-    """Over positions channels stay as they are; over channels only norms leave them removable."""
+    """Over positions labels pass; over channels only sums that are part of a norm leave them removable."""
     labels = trace.activation(call, "self")
     other = call.shadow("other")
     if isinstance(other, Tensor) or isinstance(call["other"], Tensor):
@@ -123,7 +123,7 @@ def _shaped(kept: Tensor, dims: list[int], call: Call) -> Any:
 
 @rule(*ORDERED.split())
 def ordered(trace: Recorder, call: Call) -> Any:
-    """Over channels a sort mixes them, so they freeze."""
+    """Sorting over channels freezes them."""
     labels = trace.activation(call, "self")
     dim = call["dim"] if call["dim"] is not None else -1
     if varies(labels, dim % max(labels.dim(), 1)):
@@ -137,7 +137,7 @@ def ordered(trace: Recorder, call: Call) -> Any:
 
 @rule("one_hot", "bucketize", "histc", "bincount", "nonzero", "item", "_local_scalar_dense", "is_nonzero", "equal")
 def number(trace: Recorder, call: Call) -> Any:
-    """Values become numbers of a fixed size; what they were computed from may be cut only if it is no channel."""
+    """Tensors that become numbers; freezes the channels they are computed from."""
     for shadow in call.shadows.values():
         trace.freeze(shadow, "its values become numbers")
     return None

@@ -1,4 +1,4 @@
-"""Operations with weights: they end one channel and begin another."""
+"""Weighted layers: consume the channels of their input and produce their own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pruning_core.graph.trace.shadows import AxisLabels, as_activation
 
 
 def along(trace: Recorder, labels: Tensor, dim: int) -> Tensor:
-    """The labels of one axis that a weight goes along: what lies at one index of it goes together."""
+    """The labels along one axis; everything at one index of it is tied."""
     lines = labels.movedim(dim, -1).reshape(-1, labels.shape[dim])
     if lines.shape[0] == 0:
         return torch.zeros(labels.shape[dim], dtype=torch.int32)
@@ -24,13 +24,13 @@ def along(trace: Recorder, labels: Tensor, dim: int) -> Tensor:
 
 
 def weight_of(trace: Recorder, call: Call, name: str = "weight") -> AxisLabels | None:
-    """A weight's shadow; None, and its input stays, where the weight is computed from activations or is a constant."""
+    """The shadow of a weight; None, with the input frozen, where the weight is computed or a constant."""
     shadow = call.shadow(name)
     return shadow if isinstance(shadow, AxisLabels) else None
 
 
 def begin(trace: Recorder, call: Call, out: Tensor, bias: str = "bias") -> None:
-    """The bias goes with the channels that begin here."""
+    """Ties the bias to the channels produced here."""
     if isinstance(call[bias], Tensor):
         shadow = call.shadow(bias)
         if isinstance(shadow, AxisLabels) and shadow.shape == tuple(out.shape):
@@ -42,7 +42,7 @@ def begin(trace: Recorder, call: Call, out: Tensor, bias: str = "bias") -> None:
 
 
 def fixed_weight(trace: Recorder, call: Call, *names: str) -> Any:
-    """A weight that is no parameter keeps its size: what meets it freezes."""
+    """Freezes what meets a weight that is not a parameter."""
     for name in names:
         trace.freeze(call.shadow(name), "meets a weight that is no parameter")
     return None
@@ -81,7 +81,7 @@ def _apply(trace: Recorder, call: Call, source: str, taken: Tensor, given: Tenso
 @rule("conv1d", "conv2d", "conv3d", "convolution", "_convolution", "conv_transpose1d", "conv_transpose2d",
       "conv_transpose3d")  # fmt: skip
 def conv(trace: Recorder, call: Call) -> Any:
-    """Input channels are consumed, output channels made; kernel axes freeze."""
+    """Consumes input channels, produces output channels; kernel axes are frozen."""
     weight = weight_of(trace, call)
     if weight is None:
         return fixed_weight(trace, call, "input", "weight", "bias")
@@ -113,7 +113,7 @@ def _kernel(weight: AxisLabels, spatial: int) -> int:
 
 
 def _grouped(trace: Recorder, taken: Tensor, first: Tensor, second: Tensor, groups: int, turned: bool) -> Tensor:
-    """Depthwise convolutions take channels as they come; of other groups each loses the same channels."""
+    """Depthwise: ties each channel through. Grouped: ties the same channels across groups."""
     labels = trace.labels
     if groups == len(taken):  # a group is one input channel, with all that it gives
         given_each = second if turned else first.view(groups, -1)
@@ -141,7 +141,7 @@ def _grouped(trace: Recorder, taken: Tensor, first: Tensor, second: Tensor, grou
 
 @rule("embedding", "embedding_bag", "_embedding_bag")
 def embedding(trace: Recorder, call: Call) -> Any:
-    """Rows are looked up by number and freeze; columns make channels."""
+    """Rows are indexed by number and frozen; columns produce channels."""
     weight = weight_of(trace, call)
     if weight is None:
         return fixed_weight(trace, call, "weight", "indices")
@@ -155,7 +155,7 @@ def embedding(trace: Recorder, call: Call) -> Any:
 
 @rule("prelu", "_prelu_kernel")
 def prelu(trace: Recorder, call: Call) -> Any:
-    """A slope for each channel goes with it."""
+    """Ties each slope to its channel."""
     labels = trace.activation(call, "self")
     weight = call.shadow("weight")
     if isinstance(weight, AxisLabels) and call["weight"].numel() > 1:
@@ -165,7 +165,7 @@ def prelu(trace: Recorder, call: Call) -> Any:
 
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")
 def recurrent(trace: Recorder, call: Call) -> Any:
-    """One hidden size for all layers and both directions, as the modules have it."""
+    """LSTM, GRU, RNN: ties the hidden size across layers and directions."""
     if not isinstance(call["params"], (list, tuple)) or "batch_sizes" in call:
         for shadow in call.shadows.values():
             trace.freeze(shadow, "a packed sequence")
@@ -225,7 +225,7 @@ def _states(call: Call, source: Tensor, common: list[Tensor]) -> list[Tensor]:
 
 @rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 def cell(trace: Recorder, call: Call) -> Any:
-    """One step of a recurrent layer: its states are tied to what it gives."""
+    """A recurrent cell: ties its states to its output."""
     gates = {"lstm_cell": 4, "gru_cell": 3}.get(call.name, 1)
     names = ["w_ih", "w_hh", *[name for name in ("b_ih", "b_hh") if isinstance(call[name], Tensor)]]
     source = along(trace, trace.activation(call, "input"), -1)
