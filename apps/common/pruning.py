@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -72,16 +71,6 @@ def _with_steps(options: PrunerOptions, window: tuple[int, int], frequency: int 
     return chosen
 
 
-def without_layers(recipe: WeightPruningConfig, layers: Sequence[str]) -> WeightPruningConfig:
-    """The recipe with these layers, by their full names, left dense."""
-    pruners = []
-    for options in recipe.pruners:
-        given = options.extra_excluded_op_names
-        more = [name for name in (f"^{re.escape(layer)}$" for layer in layers) if name not in given]
-        pruners.append({**options.model_dump(exclude_unset=True), "extra_excluded_op_names": [*given, *more]})
-    return WeightPruningConfig(pruners)
-
-
 def end_pruning(pruner: Pruning, say: Callable[[str], None]) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -93,5 +82,5 @@ def end_pruning(pruner: Pruning, say: Callable[[str], None]) -> None:
 def reached(pruner: Pruning, model: nn.Module) -> float:
     """The share of zeros that ``model`` has in the weights that take part, counted."""
     parameters = dict(model.named_parameters())
-    weights = [parameters[name] for name in pruner.masks()]
+    weights = [parameters[name] for each in pruner.pruners for name in each.names]
     return 1 - sum(int(weight.count_nonzero()) for weight in weights) / sum(weight.numel() for weight in weights)

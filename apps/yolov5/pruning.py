@@ -1,4 +1,4 @@
-"""What pruning means for a YOLOv5: what is not trained is not pruned, and where the head is."""
+"""What pruning means for a YOLOv5: where its head is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
 from apps.common import pruning
 from apps.yolov5 import ultralytics_adapter as adapter
@@ -21,17 +20,9 @@ def begin_pruning(
     total_steps: int,
     say: Callable[[str], None],
 ) -> Pruning:
-    chosen = pruning.without_layers(recipe, _frozen_layers(model))
     return pruning.begin_pruning(
-        chosen, model, optimizer, window, total_steps, say, hint=lambda message: _head_hint(message, model)
+        recipe, model, optimizer, window, total_steps, say, hint=lambda message: _head_hint(message, model)
     )
-
-
-def _frozen_layers(model: nn.Module) -> list[str]:
-    """``--freeze``, and the constants 0, 1, 2, ... that turn bins into distances."""
-    layers = {name.rpartition(".")[0] for name, weight in model.named_parameters() if not weight.requires_grad}
-    modules = dict(model.named_modules())
-    return [layer for layer in sorted(layers) if isinstance(modules[layer], nn.Conv2d | nn.Linear)]
 
 
 def _head_hint(message: str, model: adapter.Model) -> str:

@@ -58,12 +58,30 @@ class GroupLimits:
         self._selector = Selector("", options.op_names, options.excluded_op_names, options.pruning_op_types)
         self._modules = dict(self._selector.check(graph.model))
         self._selects = bool(options.op_names) or options.pruning_op_types != list(FAMILIES)
+        if CRITERIA[options.criterion].needs_gradient:
+            self._check_frozen(options.criterion)
+
+    def _check_frozen(self, criterion: str) -> None:
+        for group in self.graph.groups.values():
+            for name in frozen_weights(self.graph, group):
+                layer = name.rpartition(".")[0]
+                if self._selector.names_explicitly(layer):
+                    raise ValueError(
+                        f"op_names: {layer} requires no gradient, and {criterion} needs one; take it out, or choose l2"
+                    )
+
+    def frozen(self, group: ChannelGroup) -> list[str]:
+        """The frozen weights that the group runs along and that are not named: it stays as it is for their sake."""
+        names = frozen_weights(self.graph, group)
+        return [name for name in names if not self._selector.names_explicitly(name.rpartition(".")[0])]
 
     def bounds(self, group: ChannelGroup) -> tuple[int, int]:
-        """(least, most) channels to remove; (0, 0) where a layer of the group is excluded or not selected."""
+        """(least, most) channels to remove; (0, 0) where a layer of the group is excluded, frozen or not selected."""
         layers = self._layers[group.name]
         excluded = Selector("", (), self._selector.excluded, ())
         if any(excluded.why_not(layer) for layer in layers) or not self._selected(group):
+            return 0, 0
+        if self.frozen(group):
             return 0, 0
         least, most = self.limits.of(layers)
         high = min(int(len(group) * most), len(group) - 1)
@@ -88,6 +106,13 @@ class GroupLimits:
 def _layers(group: ChannelGroup) -> list[str]:
     """The layers that a group of channels runs through."""
     return list(dict.fromkeys(axis.tensor.rpartition(".")[0] for axis in group.axes))
+
+
+def frozen_weights(graph: ChannelGraph, group: ChannelGroup) -> list[str]:
+    """The weights along the axes of a group that require no gradient; biases and norms do not count."""
+    names = dict.fromkeys(axis.tensor for axis in group.axes if axis.tensor in graph.parameters)
+    tensors = {name: graph.stored.names[name] for name in names}
+    return [name for name, tensor in tensors.items() if tensor.dim() > 1 and not tensor.requires_grad]
 
 
 def read_options(**given: Any) -> ChannelOptions:

@@ -142,7 +142,7 @@ class _Search:
         if least > self.left:
             raise GraphError(
                 f"budget: cannot be met, got {self.kind} {self.left}; from {least:.3f} to 1 can be reached with these "
-                "limits"
+                f"limits{self._frozen()}"
             )
         low, high = 0, len(self.order)
         while high - low > max(1, len(self.order) // 64 if self.kind == "latency" else 1):
@@ -150,6 +150,11 @@ class _Search:
             low, high = (low, middle) if self.cost(self.removed(middle)) <= self.left else (middle, high)
         found = self.removed(high)
         return found if self.kind == "latency" or self.room.round_to > 1 else self.given_back(found)
+
+    def _frozen(self) -> str:
+        found = [weights for group in self.graph.groups.values() if (weights := self.room.frozen(group))]
+        first = ", ".join(sorted({name for each in found for name in each})[:3])
+        return f", and {len(found)} groups stay because {first} require no gradient" if found else ""
 
     def removed(self, count: int) -> Removed:
         """``removed_of`` for this search."""

@@ -64,7 +64,7 @@ class Pruner:
         graph = ChannelGraph.trace(self.inner, example)
         criterion = CRITERIA[self.options.criterion](self.options.seed)
         scores = unit_scores(graph, criterion, Data([batch], lambda _, each: self._loss(to_loss_fn, each)))
-        scores = self._averaged(scores)
+        scores = self._averaged(scores, sorted(graph.where))
         plan = graph.plan(self._chosen(graph, scores, prune_num))
         done = slim_(self.inner, plan, optimizer=optimizer)
         if isinstance(self.model, DistributedDataParallel):
@@ -93,15 +93,16 @@ class Pruner:
             raise GraphError("to_loss_fn: must call the model that it is given, got a function that does not")
         return pytree.tree_map_only(Tensor, Tensor.detach, calls[0])
 
-    def _averaged(self, scores: dict[int, float]) -> dict[int, float]:
-        """One and the same on all ranks: the mean, as rank 0 has it."""
+    def _averaged(self, scores: dict[int, float], units: list[int]) -> dict[int, float]:
+        """One and the same on all ranks: the mean over those that have a score, as rank 0 has it."""
         if not self.distributed:
             return scores
         device = next(self.inner.parameters()).device
-        values = torch.tensor(list(scores.values()), dtype=torch.float64, device=device)
-        distributed.all_reduce(values)
-        distributed.broadcast(values, src=0)
-        return dict(zip(scores, (values / distributed.get_world_size()).tolist(), strict=True))
+        rows = [[scores.get(unit, 0.0) for unit in units], [float(unit in scores) for unit in units]]
+        sums = torch.tensor(rows, dtype=torch.float64, device=device)
+        distributed.all_reduce(sums)
+        distributed.broadcast(sums, src=0)
+        return {unit: total / count for unit, total, count in zip(units, *sums.tolist(), strict=True) if count}
 
     def _chosen(self, graph: ChannelGraph, scores: Mapping[int, float], prune_num: int) -> Removed:
         """The longest beginning of the ranking with at most so many channels in it."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pruning_core.channels.options import frozen_weights
 from pruning_core.graph import ChannelGraph, Plan
 from pruning_core.graph.couple.groups import Removed
 from pruning_core.graph.trace.labels import Axis
@@ -94,7 +95,7 @@ class ChannelReport(Report):
 
 
 def _layers(graph: ChannelGraph, removed: Removed) -> Iterable[LayerChannels]:
-    dead, free = graph.dead(removed), {axis for group in graph.groups.values() for axis in group.axes}
+    dead, free = graph.dead(removed), {axis: group for group in graph.groups.values() for axis in group.axes}
     why: dict[Axis, list[tuple[int, str]]] = {}
     for axis, count, reason in graph.frozen():
         why.setdefault(axis, []).append((count, reason))
@@ -106,6 +107,9 @@ def _layers(graph: ChannelGraph, removed: Removed) -> Iterable[LayerChannels]:
         channels = tensor.shape[axis.dim]
         kept = channels - int(dead[graph.labels.axes[axis].numpy()].sum())
         reasons = sorted(why.get(axis, []), reverse=True)
+        frozen = frozen_weights(graph, free[axis]) if axis in free else []
+        if frozen and kept == channels:
+            reasons = [(channels, f"{frozen[0]} requires no gradient")]
         stays = sum(count for count, _ in reasons)
         yield LayerChannels(name, tuple(tensor.shape), channels, kept, stays, reasons[0][1] if reasons else "")
 

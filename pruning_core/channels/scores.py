@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -67,14 +68,23 @@ def _axis_scores(graph: ChannelGraph, criterion: Criterion, data: Data) -> dict[
         matrices = [axis for axis in axes if graph.stored.names[axis.tensor].dim() > 1]
         sums = _folded(graph, criterion, matrices, {})
         return {axis: criterion.finish(each) for axis, each in sums.items()}
-    sums, batches = {axis: torch.zeros(()) for axis in axes}, 0
-    for gradients in _gradients(graph, data):
-        for axis, each in _folded(graph, criterion, axes, gradients).items():
-            sums[axis] = sums[axis] + each
+    sums, batches = dict[Axis, Tensor](), 0
+    for gradients in _gradients(graph, data):  # without a gradient there is no score: 0 would be the first to go
+        there = [axis for axis in axes if axis.tensor in gradients]
+        for axis, each in _folded(graph, criterion, there, gradients).items():
+            sums[axis] = sums[axis] + each if axis in sums else each
         batches += 1
     if not batches:
         raise GraphError("criterion: batches is empty, got no batch; give at least one")
+    _tell_without_gradient(graph, {axis.tensor for axis in axes} - {axis.tensor for axis in sums})
     return {axis: criterion.finish(each / batches) for axis, each in sums.items()}
+
+
+def _tell_without_gradient(graph: ChannelGraph, names: set[str]) -> None:
+    tensors = {name: graph.stored.names[name] for name in sorted(names)}
+    found = [name for name, tensor in tensors.items() if tensor.requires_grad and tensor.dim() > 1]
+    if found:
+        warnings.warn(f"criterion: no gradient came for {', '.join(found)}; their channels stay", stacklevel=2)
 
 
 def _folded(
@@ -87,7 +97,7 @@ def _folded(
         if axis.tensor not in scored:
             scored.clear()
             weight = graph.stored.names[axis.tensor].detach().double()
-            gradient = gradients.get(axis.tensor, torch.zeros_like(weight)) if criterion.needs_gradient else None
+            gradient = gradients[axis.tensor] if criterion.needs_gradient else None
             scored[axis.tensor] = criterion.score(weight, None if gradient is None else gradient.double())
         found[axis] = criterion.each_step(fold_lines(scored[axis.tensor], axis.dim).sum(1))
     return found

@@ -14,7 +14,7 @@ from pruning_core.masks.options import LOCK, PrunerOptions
 from pruning_core.masks.pattern_lock import LockedGroup
 from pruning_core.masks.progressive import ProgressiveGroup
 from pruning_core.masks.weight import MaskedWeight
-from pruning_core.selection import Selector, Skipped, kind_of
+from pruning_core.selection import Selector, Skipped, Target, kind_of
 
 KINDS: dict[str, type[MaskGroup]] = {"basic": MaskGroup, "progressive": ProgressiveGroup, LOCK: LockedGroup}
 
@@ -31,9 +31,12 @@ def _build(where: str, options: PrunerOptions, model: nn.Module, taken: dict[int
     targets, skipped = selector.select(model)
     weights = []
     for target in targets:
+        frozen = _frozen(where, options, selector, target)
         owner = taken.get(id(target.parameter))
         reason = options.parsed_pattern.unfit(target.layout.shape(target.parameter.shape))
-        if owner is not None:
+        if frozen is not None:
+            skipped.append(Skipped(target.layer, kind_of(target.module), frozen))
+        elif owner is not None:
             skipped.append(Skipped(target.layer, kind_of(target.module), f"pruned as {owner}"))
         elif reason is not None and options.kind != LOCK:
             selector.skip(target, f"{reason} (pattern {options.pattern})", skipped)
@@ -46,9 +49,27 @@ def _build(where: str, options: PrunerOptions, model: nn.Module, taken: dict[int
     return KINDS[options.kind](where, options, weights, skipped)
 
 
+def _frozen(where: str, options: PrunerOptions, selector: Selector, target: Target) -> str | None:
+    """Why a frozen weight takes no part: no gradient would score it, and it could not recover from a cut.
+
+    Zeros are locked in frozen weights too, which may be unfrozen later.
+    """
+    if target.parameter.requires_grad or options.kind == LOCK:
+        return None
+    if not selector.names_explicitly(target.layer):
+        return "requires no gradient"
+    if options.criterion.needs_gradient:
+        raise ValueError(
+            f"{where}: {target.layer} cannot be pruned: it requires no gradient, and {options.pruning_type} needs one; "
+            "take it out of op_names, or choose magnitude"
+        )
+    return None
+
+
 def who_steps(groups: Sequence[MaskGroup], optimizers: Sequence[Optimizer]) -> dict[Optimizer, set[int]]:
     """Optimizer -> ids of the pruned weights it holds; weights that none holds go to the first, with a warning."""
-    names = {id(weight.target.parameter): weight.target.name for group in groups for weight in group.weights}
+    weights = [weight.target for group in groups for weight in group.weights]
+    names = {id(target.parameter): target.name for target in weights}
     held = {}
     for optimizer in optimizers:
         params = {id(p) for param_group in optimizer.param_groups for p in param_group["params"]}
@@ -56,7 +77,8 @@ def who_steps(groups: Sequence[MaskGroup], optimizers: Sequence[Optimizer]) -> d
     if not any(held.values()):
         raise ValueError("attach: the optimizers hold none of the pruned weights; pass the model's own optimizer")
     orphans = names.keys() - set().union(*held.values())
-    for orphan in sorted(names[key] for key in orphans):
+    trained = {target.name for target in weights if target.parameter.requires_grad}
+    for orphan in sorted({names[key] for key in orphans} & trained):
         warnings.warn(f"attach: no optimizer holds {orphan}; it is masked but never trained", stacklevel=5)
     next(params for params in held.values() if params).update(orphans)
     return held

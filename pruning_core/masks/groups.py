@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -17,20 +18,29 @@ from pruning_core.selection import Skipped
 
 
 class MaskGroup:
-    """Scores, ranks and cuts the weights of one pruner; ``updated_at`` is the last due step that was carried out."""
+    """Scores, ranks and cuts the weights of one pruner.
+
+    ``updated_at``: the last due step that was carried out. ``left_out``: the weights without a gradient in that update.
+    """
 
     def __init__(self, where: str, options: PrunerOptions, weights: list[MaskedWeight], skipped: list[Skipped]) -> None:
         self.where, self.options, self.weights, self.skipped = where, options, weights, skipped
         self.ranks = common_group(where, {weight.target.name: weight.place for weight in weights})
         self.table = options.timetable
         self.updated_at = -1
+        self.left_out: list[MaskedWeight] = []
         self.changed = False  # masks changed since the last optimizer step
         self.check_limits()
 
     @property
     def total(self) -> int:
-        """Number of weights, over all ranks."""
-        return sum(weight.weights for weight in self.weights)
+        """Number of weights that take part, over all ranks."""
+        return sum(weight.weights for weight in self.taking_part)
+
+    @property
+    def taking_part(self) -> list[MaskedWeight]:
+        """The weights but those that were left out of the last update."""
+        return [weight for weight in self.weights if weight not in self.left_out]
 
     @property
     def done(self) -> bool:
@@ -41,13 +51,15 @@ class MaskGroup:
         """ValueError when the limits of the layers do not allow the target."""
         try:
             self.options.layer_limits.check_names("limits", [weight.target.layer for weight in self.weights])
-            self._room(self._layers(), self.table.target)
+            self._room(self.weights, self._layers(self.weights), self.table.target)
         except ValueError as error:
             raise ValueError(f"{self.where}.{error}") from None
 
-    def _room(self, layers: Sequence[Ranked], share: float) -> list[tuple[int, list[int], list[int]]]:
+    def _room(
+        self, weights: Sequence[MaskedWeight], layers: Sequence[Ranked], share: float
+    ) -> list[tuple[int, list[int], list[int]]]:
         """``budget.limits`` of all layers together (global scope) or of each (local scope)."""
-        pairs = [self.options.layer_limits.of([weight.target.layer]) for weight in self.weights]
+        pairs = [self.options.layer_limits.of([weight.target.layer]) for weight in weights]
         if self.options.pruning_scope == "global":
             return [limits(layers, share, [least for least, _ in pairs], [most for _, most in pairs])]
         return [limits([layer], share, *pair) for layer, pair in zip(layers, pairs, strict=True)]
@@ -78,8 +90,9 @@ class MaskGroup:
 
     @property
     def scored(self) -> bool:
-        """Whether each weight has a score that no update has consumed."""
-        return all(weight.score is not None for weight in self.weights)
+        """Whether each weight has a score or was looked at without finding a gradient, since the last update."""
+        seen = all(weight.score is not None or weight.observed for weight in self.weights)
+        return seen and any(weight.score is not None for weight in self.weights)
 
     def ready(self, now: int) -> bool:
         """Whether the due update can be carried out: it needs no gradient, or one was seen."""
@@ -101,36 +114,46 @@ class MaskGroup:
 
     def _passed(self, due: int) -> None:
         self.updated_at, self.changed = due, True
-        if self.done or not self.options.criterion.accumulates:
-            for weight in self.weights:
+        if self.done and self.left_out:
+            names = ", ".join(weight.target.name for weight in self.left_out)
+            what = "it is left as it is" if len(self.left_out) == 1 else "they are left as they are"
+            warnings.warn(f"{self.where}: no gradient came for {names} up to step {due}; {what}", stacklevel=2)
+        for weight in self.weights:
+            weight.observed = False
+            if self.done or not self.options.criterion.accumulates:
                 weight.score = None
 
     def cut_units(self, share: float) -> None:
-        """Cuts whole units until ``share`` of all weights of the group is cut."""
-        layers, ranks = self._layers(self._unit_scores()), self.ranks
-        room = self._room(layers, share)
+        """Cuts whole units until ``share`` of all weights of the group is cut that have a score."""
+        if self.options.criterion.needs_gradient:
+            self.left_out = [weight for weight in self.weights if weight.score is None]
+        weights, ranks = self.taking_part, self.ranks
+        layers = self._layers(weights, self._unit_scores(weights))
+        room = self._room(weights, layers, share)
         if self.options.pruning_scope == "global":
             cuts = cut_within(layers, *room[0], ranks)
         else:
             cuts = cut_apart(layers, [asked for asked, _, _ in room], ranks)
-        for weight, cut in zip(self.weights, self._verdicts(cuts), strict=True):
+        for weight, cut in zip(weights, self._verdicts(weights, cuts), strict=True):
             weight.cut_units_(cut)
 
-    def _unit_scores(self) -> list[Callable[[], Tensor]]:
+    def _unit_scores(self, weights: Sequence[MaskedWeight]) -> list[Callable[[], Tensor]]:
         """Per weight a function that returns its unit scores, complete over all ranks."""
         if self.ranks is None:
             return [
                 partial(_unit_scores, weight) if weight.folds_fast else partial(_same, _unit_scores(weight))
-                for weight in self.weights
+                for weight in weights
             ]
-        grids = [weight.unit_sums().clone() for weight in self.weights]
+        grids = [weight.unit_sums().clone() for weight in weights]
         operation: Literal["sum", "max"] = "max" if self.options.criterion_reduce_type == "max" else "sum"
-        agree(grids, [weight.place for weight in self.weights], operation)
-        return [partial(_same, weight.finish_units(grid)) for weight, grid in zip(self.weights, grids, strict=True)]
+        agree(grids, [weight.place for weight in weights], operation)
+        return [partial(_same, weight.finish_units(grid)) for weight, grid in zip(weights, grids, strict=True)]
 
-    def _layers(self, unit_scores: Sequence[Callable[[], Tensor]] = ()) -> list[Ranked]:
+    def _layers(
+        self, weights: Sequence[MaskedWeight], unit_scores: Sequence[Callable[[], Tensor]] = ()
+    ) -> list[Ranked]:
         layers = []
-        for i, weight in enumerate(self.weights):
+        for i, weight in enumerate(weights):
             sizes = weight.sizes
             if isinstance(sizes, Tensor):
                 sizes = weight.flat(weight.owned(sizes))
@@ -138,22 +161,22 @@ class MaskGroup:
             layers.append(Ranked(weight.target.name, keys, sizes, weight.weights, weight.capacity, weight.largest))
         return layers
 
-    def _verdicts(self, cuts: Iterator[Tensor]) -> Iterator[Tensor]:
+    def _verdicts(self, weights: Sequence[MaskedWeight], cuts: Iterator[Tensor]) -> Iterator[Tensor]:
         """Flat verdicts on a rank's own units -> grids that also hold its neighbours' verdicts on shared units."""
         if self.ranks is None:
-            return (weight.unflat(cut, weight.alive()) for weight, cut in zip(self.weights, cuts, strict=True))
+            return (weight.unflat(cut, weight.alive()) for weight, cut in zip(weights, cuts, strict=True))
         grids = []
-        for weight, cut in zip(self.weights, cuts, strict=True):
+        for weight, cut in zip(weights, cuts, strict=True):
             grid = weight.alive().to(torch.int8).zero_()
             mine = weight.owned(grid)
             mine.copy_(weight.unflat(cut, mine))
             grids.append(grid)
-        agree(grids, [weight.place for weight in self.weights], "sum")
+        agree(grids, [weight.place for weight in weights], "sum")
         return (grid != 0 for grid in grids)
 
     def count_cut(self) -> int:
-        """Number of weights that the masks cut, over all ranks."""
-        count = torch.stack([(weight.keep == 0).sum() for weight in self.weights]).sum()
+        """Number of weights taking part that the masks cut, over all ranks."""
+        count = torch.stack([(weight.keep == 0).sum() for weight in self.taking_part]).sum()
         return int(self.ranks.sum_(count) if self.ranks else count)
 
     def apply_(self, params: Collection[int] | None = None) -> None:
@@ -167,22 +190,25 @@ class MaskGroup:
         return {
             "updated_at": self.updated_at,
             "changed": self.changed,
+            "left_out": [weight.target.name for weight in self.left_out],
             "skipped": [[each.layer, each.kind, each.reason] for each in self.skipped],
             "weights": {weight.target.name: self._weight_state(weight) for weight in self.weights},
         }
 
     def _weight_state(self, weight: MaskedWeight) -> dict[str, Any]:
-        return {"keep": pack(weight.keep), "score": to_plain(weight.score), "shape": list(weight.shape)}
+        score = {"score": to_plain(weight.score), "observed": weight.observed}
+        return {"keep": pack(weight.keep), **score, "shape": list(weight.shape)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores progress, masks and scores; the weights do not change."""
         self.updated_at, self.changed = state["updated_at"], state["changed"]
+        self.left_out = [weight for weight in self.weights if weight.target.name in state["left_out"]]
         for weight in self.weights:
             self._load_weight(weight, state["weights"][weight.target.name])
 
     def _load_weight(self, weight: MaskedWeight, state: dict[str, Any]) -> None:
         weight.keep.copy_(unpack(state["keep"], weight.keep))
-        score = state["score"]
+        score, weight.observed = state["score"], state["observed"]
         weight.score = None if score is None else score.to(weight.keep.device, copy=True)
 
 

@@ -100,7 +100,8 @@ class ProgressiveGroup(MaskGroup):
         """Sort keys that put the remaining doomed weights first, in the order in which they are cut."""
 
         def keys() -> Tensor:
-            if self.options.progressive_type == "linear":
+            scored = weight.score is not None or not self.options.criterion.needs_gradient
+            if self.options.progressive_type == "linear" or not scored:
                 order = _positions(weight)
             else:
                 order = weight.view(weight.element_scores())

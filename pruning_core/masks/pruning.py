@@ -26,7 +26,7 @@ from pruning_core.selection import unwrap
 
 
 class PrunerView(NamedTuple):
-    """One pruner of the configuration: its options, the names of its weights, and their number of elements in all."""
+    """One pruner of the configuration: its options, the names of the weights that take part, and their size in all."""
 
     config: PrunerOptions
     names: tuple[str, ...]
@@ -146,7 +146,7 @@ class Pruning:
     def pruners(self) -> tuple[PrunerView, ...]:
         """One ``PrunerView`` per pruner of the configuration; empty before training begins."""
         return tuple(
-            PrunerView(group.options, tuple(w.target.name for w in group.weights), group.total)
+            PrunerView(group.options, tuple(w.target.name for w in group.taking_part), group.total)
             for group in self._groups
         )
 

@@ -15,8 +15,9 @@ from pruning_core.masks.groups import MaskGroup
 from pruning_core.masks.options import LOCK, PrunerOptions
 from pruning_core.masks.sharding import local, shard_groups
 from pruning_core.report import Bars, Report, plain, text_table
-from pruning_core.selection import Skipped, kind_of
+from pruning_core.selection import Skipped, Target, kind_of
 
+NO_GRADIENT = "no gradient came"
 COLUMNS = ("layer", "type", "shape", "pattern", "asked", "reached", "zeros", "why")
 
 
@@ -168,10 +169,10 @@ def report_of(model: nn.Module, groups: Sequence[MaskGroup], step: int, metrics:
     rows = []
     for group in groups:
         share = group.sparsity(step) if group.updated_at >= 0 else 0.0
-        counts = torch.stack([weight.zeros() for weight in group.weights])
+        counts = torch.stack([weight.zeros() for weight in group.taking_part])
         counts = group.ranks.sum_(counts) if group.ranks else counts
         layers = []
-        for weight, zeros in zip(group.weights, counts.tolist(), strict=True):
+        for weight, zeros in zip(group.taking_part, counts.tolist(), strict=True):
             target = weight.target
             shape, kind = tuple(target.parameter.shape), kind_of(target.module)
             layers.append(LayerSparsity(target.name, kind, shape, weight.weights, zeros, group.options.pattern, share))
@@ -179,8 +180,13 @@ def report_of(model: nn.Module, groups: Sequence[MaskGroup], step: int, metrics:
         rows.append(PrunerSparsity(title(group.where, group.options), target_share, share, tuple(layers)))
     state = dict(model.named_parameters())
     zeros = sum(_zeros(parameter) for parameter in state.values())
-    dense = _dense({row.name for group in rows for row in group.layers}, [g.skipped for g in groups], state)
+    skipped = [[*group.skipped, *(_without_gradient(weight.target) for weight in group.left_out)] for group in groups]
+    dense = _dense({row.name for group in rows for row in group.layers}, skipped, state)
     return SparsityReport(step, tuple(rows), dense, sum(p.numel() for p in state.values()), zeros, dict(metrics))
+
+
+def _without_gradient(target: Target) -> Skipped:
+    return Skipped(target.layer, kind_of(target.module), NO_GRADIENT)
 
 
 def report_of_saved(model: Mapping[str, Any], pruner: Mapping[str, Any] | None) -> SparsityReport:
@@ -189,14 +195,15 @@ def report_of_saved(model: Mapping[str, Any], pruner: Mapping[str, Any] | None) 
     rows, skipped = [], []
     for i, (options, group) in enumerate(_groups(pruner)):
         asked = _asked(options, group)
-        names = [name for name in group["weights"] if name in state]
+        names = [name for name in group["weights"] if name in state and name not in group["left_out"]]
         layers = tuple(
             LayerSparsity(n, "", tuple(state[n].shape), state[n].numel(), _zeros(state[n]), options.pattern, asked)
             for n in names
         )
         target = options.target_sparsity if asked is not None and options.kind != LOCK else asked
         rows.append(PrunerSparsity(title(f"pruning_configs[{i}]", options), target or 0.0, asked or 0.0, layers))
-        skipped.append([Skipped(*each) for each in group["skipped"]])
+        left_out = [Skipped(name.rpartition(".")[0], "", NO_GRADIENT) for name in group["left_out"]]
+        skipped.append([*(Skipped(*each) for each in group["skipped"]), *left_out])
     dense = _dense({row.name for group in rows for row in group.layers}, skipped, state, everything=not rows)
     step = min(clock["now"] for clock in pruner["clocks"]) if pruner else None
     once = _once(state)

@@ -27,8 +27,9 @@ class MaskedWeight:
     """A target with its mask ``keep`` and its running ``score``, which is stored per unit where the fold is linear.
 
     ``whole_units`` is the mask made of whole units; it differs from ``keep`` only between the structured updates of
-    progressive pruning. ``sizes``: weights per unit of the local unit grid. ``largest`` and ``capacity``: the size of
-    the largest unit and of all units together, over all ranks.
+    progressive pruning. ``observed``: a gradient was looked for since the last update. ``sizes``: weights per unit of
+    the local unit grid. ``largest`` and ``capacity``: the size of the largest unit and of all units together, over all
+    ranks.
     """
 
     def __init__(self, target: Target, options: PrunerOptions) -> None:
@@ -41,6 +42,7 @@ class MaskedWeight:
         self.keep = torch.full_like(here, -1, dtype=torch.int8, requires_grad=False)
         self.whole_units = self.keep
         self.score: Tensor | None = None
+        self.observed = False
         self.stores_units = (
             options.kind == "basic" and self.pattern.folds_linearly and options.criterion_reduce_type != "max"
         )
@@ -92,13 +94,16 @@ class MaskedWeight:
         return self.place.layout.view(x)
 
     def observe(self, rate: Tensor | float, bad: Tensor | None) -> None:
-        """Updates the score with this step's gradient; ``rate`` undoes a loss scale, ``bad`` skips the update."""
+        """Updates the score with this step's gradient; ``rate`` undoes a loss scale, ``bad`` skips the update.
+
+        Without a gradient there is no score: a 0 would make the weight the first to go.
+        """
+        self.observed = True
         weight, gradient = self.weight(), self.gradient()
         criterion = self.options.criterion
-        if gradient is None:
-            new = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        else:
-            new = criterion.score(weight, gradient)
+        if gradient is None and self.score is None:
+            return
+        new = criterion.score(weight, torch.zeros_like(weight) if gradient is None else gradient)
         new = criterion.each_step(self.fold(new) if self.stores_units else new)
         rate = rate**criterion.degree
         gain = rate * self.options.momentum_gain if criterion.accumulates else rate
