@@ -53,6 +53,7 @@ class GroupLimits:
 
     def __init__(self, graph: ChannelGraph, options: ChannelOptions) -> None:
         self.graph, self.round_to, self.limits = graph, options.round_to, options.group_limits
+        self._bounds: dict[str, tuple[int, int]] = {}
         self._layers = {name: _layers(group) for name, group in graph.groups.items()}
         self.limits.check_names("limits", [layer for layers in self._layers.values() for layer in layers])
         self._selector = Selector("", options.op_names, options.excluded_op_names, options.pruning_op_types)
@@ -77,6 +78,11 @@ class GroupLimits:
 
     def bounds(self, group: ChannelGroup) -> tuple[int, int]:
         """(least, most) channels to remove; (0, 0) where a layer of the group is excluded, frozen or not selected."""
+        if group.name not in self._bounds:
+            self._bounds[group.name] = self._bounds_of(group)
+        return self._bounds[group.name]
+
+    def _bounds_of(self, group: ChannelGroup) -> tuple[int, int]:
         layers = self._layers[group.name]
         excluded = Selector("", (), self._selector.excluded, ())
         if any(excluded.why_not(layer) for layer in layers) or not self._selected(group):
@@ -89,9 +95,11 @@ class GroupLimits:
 
     def _selected(self, group: ChannelGroup) -> bool:
         """Every convolution and linear layer that makes these channels is of the types and names that were given."""
+        if not self._selects:
+            return True
         makers = [axis.tensor.rpartition(".")[0] for axis in group.axes if axis not in self.graph.consumers]
         known = [layer for layer in makers if family(self.graph.model.get_submodule(layer))]
-        return not self._selects or all(layer in self._modules and not self._selector.why_not(layer) for layer in known)
+        return all(layer in self._modules and not self._selector.why_not(layer) for layer in known)
 
     def rounded(self, group: ChannelGroup, count: int) -> int:
         """The largest number not above ``count`` that leaves a multiple of ``round_to``, in rows of the first axis."""
