@@ -23,6 +23,14 @@ FOLDABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 WHY = "with prune_bias=False what a pruned row still gives must be folded into the bias of every layer that reads it"
 
 
+class PadsZerosError(GraphError):
+    """A consumer pads with zeros where a removed channel would be another constant."""
+
+    def __init__(self, axis: Axis) -> None:
+        super().__init__(f"{axis.tensor}: {WHY}, got a convolution that pads with zeros; set prune_bias=True")
+        self.axis = axis
+
+
 class Consumer:
     """A consumer of removed channels, and the values that it read from them."""
 
@@ -34,7 +42,7 @@ class Consumer:
             raise GraphError(
                 f"{axis.tensor}: {WHY}, got a consumer {type(module).__name__}; set prune_bias=True for what it reads"
             )
-        self.path, self.module, self.dead = path, module, list(dead)
+        self.path, self.module, self.dead, self.axis = path, module, list(dead), axis
         self.found: list[Tensor] = []
 
     def see(self, module: nn.Module, inputs: Any, keywords: Any) -> None:
@@ -53,17 +61,15 @@ class Consumer:
             )
         padding = getattr(self.module, "_reversed_padding_repeated_twice", ())
         if any(padding) and self.module.padding_mode == "zeros" and bool(found[:1].any()):
-            raise GraphError(
-                f"{self.path}: {WHY}, got a convolution that pads with zeros; set prune_bias=True for what it reads"
-            )
+            raise PadsZerosError(self.axis)
         return found[0]
 
-    def fold(self, undo: ExitStack) -> bool:
+    def fold(self, constants: Tensor, undo: ExitStack) -> bool:
         """Adds the constants to the bias; whether the layer got a new one."""
         weight = self.module.get_parameter("weight")
         columns = weight.data[:, self.dead].double()
         folded = columns.flatten(2).sum(-1) if columns.dim() > 2 else columns
-        more = (folded @ self.constants().double()).to(weight.dtype)
+        more = (folded @ constants.double()).to(weight.dtype)
         bias = self.module._parameters["bias"]
         if bias is not None:
             undo.callback(setattr, bias, "data", bias.data)
@@ -86,7 +92,8 @@ def fold_constants(model: nn.Module, plan: Plan, example: Inputs, undo: ExitStac
         for hook in hooks:
             hook.remove()
     with torch.no_grad():
-        grown = [consumer.fold(undo) for consumer in consumers if consumer.found]
+        found = [(consumer, consumer.constants()) for consumer in consumers if consumer.found]  # all before any changes
+        grown = [consumer.fold(constants, undo) for consumer, constants in found]
     for inputs, want in zip(runs, wanted, strict=True):
         trace = masked_run(model, plan, inputs)
         for value, leaf in zip(want, leaves(trace.output), strict=True):

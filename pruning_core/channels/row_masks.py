@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -39,7 +39,15 @@ def zero_rows(tensor: Tensor, mask: Tensor) -> Tensor:
 class RowMask:
     """One configured tensor under its mask. The Parameter objects, and their order, outlive the mask."""
 
-    def __init__(self, fqn: str, module: nn.Module, name: str, prune_bias: bool) -> None:
+    def __init__(
+        self,
+        fqn: str,
+        module: nn.Module,
+        name: str,
+        prune_bias: bool,
+        mask: Tensor | None = None,
+        parametrization: Callable[[Tensor], nn.Module] = FakeStructuredSparsity,
+    ) -> None:
         self.fqn, self.module, self.name, self.prune_bias = fqn, module, name, prune_bias
         self.order: list[str] = []
         self.under = [name]
@@ -47,7 +55,9 @@ class RowMask:
         beside = name == "weight" and not isinstance(module, _ConvTransposeNd)  # whose rows are inputs
         if prune_bias and beside and bias is not None and bias.shape == rows:
             self.under.append("bias")
-        self.fake = FakeStructuredSparsity(torch.ones(rows, dtype=torch.bool, device=self.tensor.device))
+        ones = torch.ones(rows, dtype=torch.bool, device=self.tensor.device)
+        self.fake = parametrization(ones if mask is None else mask.to(ones.device))
+        self.check()
 
     @property
     def tensor(self) -> Tensor:
@@ -58,7 +68,7 @@ class RowMask:
     @property
     def mask(self) -> Tensor:
         """Bool (rows,): True = kept."""
-        return self.fake.mask
+        return self.fake.mask  # type: ignore[return-value]
 
     def attach(self) -> None:
         """Puts the mask on as a parametrization."""
@@ -99,6 +109,18 @@ class Chosen:
     removed: dict[str, list[int]] = field(default_factory=dict)
     stay: Counter[str] = field(default_factory=Counter)
     with_constants: dict[str, list[int]] = field(default_factory=dict)
+    padded: Counter[str] = field(default_factory=Counter)
+    """Masked rows that stay because a consumer pads its input, by the names of both."""
+
+    def keep(self, graph: ChannelGraph, axis: Axis) -> None:
+        """Leaves in place what the consumer with this axis reads, and what must stay of one size with it."""
+        names = [name for name in self.with_constants if axis in graph.groups[name].axes]
+        for name in names:
+            del self.with_constants[name]
+            made = next(each.tensor for each in graph.groups[name].axes if each not in graph.consumers)
+            self.padded[f"{made}, which {axis.tensor.rpartition('.')[0]} pads"] += len(self.removed.pop(name))
+        self.removed = graph.restored(self.removed)
+        self.with_constants = {name: at for name, at in self.removed.items() if name in self.with_constants}
 
 
 def choose(graph: ChannelGraph, masks: list[RowMask]) -> Chosen:

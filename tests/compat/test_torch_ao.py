@@ -194,9 +194,10 @@ def test_the_sample_gives_the_table_that_it_shows():
     assert pruned(torch.randn(3, 700)).shape == (3, 2)
 
 
-def test_the_sample_with_a_pattern_of_its_own():
+@pytest.mark.parametrize("home", ["torch.ao.pruning._experimental.pruner", "pruning_core.compat.torch_ao"])
+def test_the_sample_with_a_pattern_of_its_own(home):
     names = {"nn": nn, "SaliencyPruner": Saliency, "Optional": Optional, "Callable": Callable, "Tensor": Tensor}
-    exec(PATTERN_SAMPLE, names)
+    exec(PATTERN_SAMPLE.replace("torch.ao.pruning._experimental.pruner", home), names)
     assert len(names["pruner"].patterns) == 1
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(), nn.Conv2d(8, 4, 3))
     pruner = names["pruner"]
@@ -211,7 +212,8 @@ def test_the_default_patterns_are_a_dict_of_its_own_each_time():
     first = default_structured_pruning_patterns()
     first["mine"] = None
     assert default_structured_pruning_patterns() == {}
-    assert Saliency({}, patterns={(nn.Linear,): print}).patterns == {(nn.Linear,): print}
+    with pytest.raises(ValueError, match=r"^patterns: functions of your own are not called, got 'print' for "):
+        Saliency({}, patterns={(nn.Linear,): print})
 
 
 # ---- what is removed ------------------------------------------------------------------------------------------------
@@ -402,14 +404,7 @@ class MeanOverChannels(nn.Module):
         return self.down(self.norm(self.up(x)))
 
 
-def padded():
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
-    nn.init.uniform_(net[0].bias, 0.1, 1.0)
-    return net, ["0"]
-
-
 REFUSED = {
-    "padding": (padded, r"2: with prune_bias=False .* got a convolution that pads"),
     "norm": (lambda: (MeanOverChannels(), ["up"]), r"down: with prune_bias=False .* got inputs that change"),
     "sum": (lambda: (Residual(), ["body"]), r"with prune_bias=False .* got inputs that change"),
     "groups": (
@@ -417,6 +412,32 @@ REFUSED = {
         r"1.weight: with prune_bias=False .* got a consumer Conv2d; set prune_bias=True",
     ),
 }
+
+
+def test_rows_before_zero_padding_stay_and_others_go():
+    """Beside padded zeros no constant can be folded: these rows stay as zeros, with their bias, and the others go."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 3),
+        nn.ReLU(),
+        nn.Conv2d(4, 2, 1),
+    )
+    for layer in net[::2]:
+        nn.init.uniform_(layer.bias, 0.1, 1.0)
+    pruner = prepared(net, ["0", "2", "4"], prune_bias=False)
+    x = torch.randn(2, 3, 12, 12)
+    masked = net(x)
+    message = (
+        r"^prune: 4 masked rows stay as zeros, since prune_bias=False keeps their bias and a consumer pads zeros "
+        r"beside it: 0.weight, which 2 pads \(4\); set prune_bias=True to remove them$"
+    )
+    with pytest.warns(UserWarning, match=message):
+        pruner.prune(x)
+    assert [layer.out_channels for layer in net[::2]] == [8, 3, 2, 2]
+    torch.testing.assert_close(net(x), masked)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -549,7 +570,8 @@ def test_prune_without_a_masked_row_says_so():
     before = shapes(net)
     pruner = Saliency()
     pruner.prepare(net)
-    pruner.step()  # is not enabled
+    pruner.enable_mask_update = False
+    pruner.step()
     with pytest.warns(UserWarning, match="prune: nothing was removed, got masks without a pruned row; set enable"):
         pruner.prune()
     assert shapes(net) == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import copy
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -16,10 +17,14 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from pruning_core.channels.example_inputs import Seen, example_for
-from pruning_core.channels.folding import fold_constants
-from pruning_core.channels.row_masks import Chosen, RowMask, choose
+from pruning_core.channels.folding import PadsZerosError, fold_constants
+from pruning_core.channels.row_masks import Chosen, FakeStructuredSparsity, RowMask, choose
+from pruning_core.compat.torch_ao import prune_functions
+from pruning_core.compat.torch_ao.gates import align_gates
 from pruning_core.graph import ChannelGraph, slim_
 from pruning_core.graph.inputs import Inputs, as_inputs
+from pruning_core.graph.trace.labels import Axis
+from pruning_core.integrations.when_imported import when_imported
 from pruning_core.registry import did_you_mean
 
 Patterns = dict[tuple[Any, ...], Callable[..., None]]
@@ -28,7 +33,7 @@ NOT_SAVED = ("module", "module_fqn", "tensor_name")
 
 
 def default_structured_pruning_patterns() -> Patterns:
-    """An empty dict: no pattern is needed, and any are accepted."""
+    """An empty dict: no pattern is needed. Those with functions of ``prune_functions`` are accepted."""
     return {}
 
 
@@ -62,7 +67,9 @@ class BaseStructuredSparsifier(abc.ABC):
                 raise ValueError(f"{name}: must be a dict, got {value!r}; leave it out if there is nothing to say")
         self.defaults: dict[str, Any] = dict(defaults or {})
         self.patterns: Patterns = default_structured_pruning_patterns() if patterns is None else dict(patterns)
-        self.enable_mask_update = False
+        _check_patterns(self.patterns)
+        self.state: dict[str, dict[str, Any]] = defaultdict(dict)
+        self.enable_mask_update = True
         self.config: list[dict[str, Any]] = []
         self.groups: list[dict[str, Any]] = []
         self.model: nn.Module | None = None
@@ -90,9 +97,10 @@ class BaseStructuredSparsifier(abc.ABC):
         _refuse_twice(groups)
         self.model, self.groups = model, groups
         for group in groups:
-            mask = RowMask(group["tensor_fqn"], group["module"], group["tensor_name"], group.get("prune_bias", True))
+            self._masks.append(_row_mask(group))
+        for mask in self._masks:
             mask.attach()
-            self._masks.append(mask)
+            self.state[mask.fqn]["mask"] = mask.mask
         seen = Seen()
         self._seen = (seen, model.register_forward_hook(seen, with_kwargs=True))
 
@@ -110,8 +118,12 @@ class BaseStructuredSparsifier(abc.ABC):
             return
         with torch.no_grad():
             for group, mask in zip(self.groups, self._masks, strict=True):
+                before = mask.mask
                 self.update_mask(**group)
+                if mask.mask is before:  # else it was replaced in the parametrization
+                    mask.fake.mask = self.state[mask.fqn].get("mask", before)
                 mask.check()
+                self.state[mask.fqn]["mask"] = mask.mask
 
     def prune(self, example_inputs: Any = None, optimizer: Optimizer | Iterable[Optimizer] | None = None) -> nn.Module:
         """Removes masked rows and the masks in place, and returns the model. Rolls back on any error.
@@ -156,15 +168,11 @@ class BaseStructuredSparsifier(abc.ABC):
 
     # ---- saving -----------------------------------------------------------------------------------------------------
 
-    @property
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """The live masks by tensor name."""
-        return {mask.fqn: {"mask": mask.mask} for mask in self._masks}
-
     def state_dict(self) -> dict[str, Any]:
-        """Masks and configuration by tensor name; modules are left out."""
+        """``state``, with all that ``update_mask`` wrote there, and the configuration; modules are left out."""
         groups = [{key: value for key, value in group.items() if key not in NOT_SAVED} for group in self.groups]
-        return {"state": {mask.fqn: {"mask": mask.mask.clone()} for mask in self._masks}, "groups": groups}
+        state = {mask.fqn: {**self.state[mask.fqn], "mask": mask.mask} for mask in self._masks}
+        return {"state": copy.deepcopy(state), "groups": groups}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
         """Loads masks and config entries; ``strict=False`` skips tensors that only one side has."""
@@ -193,6 +201,7 @@ class BaseStructuredSparsifier(abc.ABC):
                 )
         for fqn in mine.keys() & state.keys():
             mine[fqn].mask.copy_(state[fqn]["mask"])
+            self.state[fqn] = {**copy.deepcopy(dict(state[fqn])), "mask": mine[fqn].mask}
         for group in self.groups:
             group.update(copy.deepcopy(saved.get(group["tensor_fqn"], {})))
 
@@ -210,6 +219,7 @@ class BaseStructuredSparsifier(abc.ABC):
             mask.detach()
         for mask in self._masks:
             mask.settle(undo)
+        align_gates(self._masks, undo)
 
     @staticmethod
     def _trace(model: nn.Module, example: Inputs) -> ChannelGraph:
@@ -218,14 +228,32 @@ class BaseStructuredSparsifier(abc.ABC):
     def _cut(self, model: nn.Module, example: Inputs, optimizer: Any, undo: ExitStack) -> Chosen:
         graph = self._trace(model, example)
         chosen = choose(graph, self._masks)
-        if chosen.with_constants and fold_constants(model, graph.plan(chosen.with_constants), example, undo):
-            graph = self._trace(model, example)  # it has biases that it did not have
-            chosen = choose(graph, self._masks)
+        kept: list[Axis] = []
+        while chosen.with_constants:
+            try:
+                grown = fold_constants(model, graph.plan(chosen.with_constants), example, undo)
+            except PadsZerosError as error:
+                kept.append(error.axis)
+                chosen.keep(graph, error.axis)
+                continue
+            if grown:
+                graph = self._trace(model, example)  # it has biases that it did not have
+                chosen = choose(graph, self._masks)
+                for axis in kept:
+                    chosen.keep(graph, axis)
+            break
         if chosen.removed:
             slim_(model, graph.plan(chosen.removed), optimizer=optimizer)
         return chosen
 
     def _warn(self, chosen: Chosen) -> None:
+        if chosen.padded:
+            rows = "; ".join(f"{names} ({count})" for names, count in chosen.padded.items())
+            warnings.warn(
+                f"prune: {chosen.padded.total()} masked rows stay as zeros, since prune_bias=False keeps their bias "
+                f"and a consumer pads zeros beside it: {rows}; set prune_bias=True to remove them",
+                stacklevel=3,
+            )
         if chosen.stay:
             most = "; ".join(f"{names} ({count})" for names, count in chosen.stay.most_common(4))
             warnings.warn(
@@ -233,7 +261,7 @@ class BaseStructuredSparsifier(abc.ABC):
                 f"{most}; give coupled layers one mask or configure one of them",
                 stacklevel=3,
             )
-        elif not chosen.removed:
+        elif not chosen.removed and not chosen.padded:
             warnings.warn(
                 "prune: nothing was removed, got masks without a pruned row; set enable_mask_update and call step()",
                 stacklevel=3,
@@ -243,6 +271,26 @@ class BaseStructuredSparsifier(abc.ABC):
         if self._seen is not None:
             self._seen[1].remove()
         self.model, self.groups, self._masks, self._seen = None, [], [], None
+        self.state.clear()
+
+
+def _check_patterns(patterns: Patterns) -> None:
+    for pattern, function in patterns.items():
+        theirs = str(getattr(function, "__module__", "")).startswith("torch.ao.")
+        if not theirs and function not in vars(prune_functions).values():
+            raise ValueError(
+                f"patterns: functions of your own are not called, got {getattr(function, '__name__', function)!r} "
+                f"for {pattern!r:.200}; what goes with a row is found by running the model, so leave the pattern out"
+            )
+
+
+def _row_mask(group: Mapping[str, Any]) -> RowMask:
+    """The mask of one tensor, as its config has it: ``mask``, ``parametrization`` and ``prune_bias`` are optional."""
+    fqn, mask = group["tensor_fqn"], group.get("mask")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ValueError(f"{fqn}: its mask must be a tensor, got {type(mask).__name__}; give a bool per row")
+    kind = group.get("parametrization", FakeStructuredSparsity)
+    return RowMask(fqn, group["module"], group["tensor_name"], group.get("prune_bias", True), mask, kind)
 
 
 def _checked_config(config: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -282,3 +330,13 @@ def _refuse_twice(groups: list[dict[str, Any]]) -> None:
         if id(tensor) in seen:
             raise ValueError(f"{fqn}: is configured twice, got {seen[id(tensor)]} before; name each tensor once")
         seen[id(tensor)] = fqn
+
+
+def _register() -> None:
+    """``torch.ao``'s own schedulers take what is an instance of its base class."""
+    from torch.ao.pruning.sparsifier.base_sparsifier import BaseSparsifier
+
+    BaseSparsifier.register(BaseStructuredSparsifier)  # type: ignore[type-abstract]
+
+
+when_imported("torch.ao.pruning.sparsifier.base_sparsifier", _register)
