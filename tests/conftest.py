@@ -6,8 +6,11 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+settings.register_profile("repeatable", derandomize=True)  # --hypothesis-profile=default draws new examples
+settings.load_profile("repeatable")
 
 # Nothing of the hub is asked for and no cache of the user is read or filled: set before huggingface_hub is imported.
 CACHE = tempfile.mkdtemp(prefix="pruning-core-hub-")

@@ -63,6 +63,7 @@ def slim(options: argparse.Namespace, out: Path) -> str:
     from apps.yolov5 import ultralytics_adapter as adapter
 
     model = adapter.load_model(options.path, "path")
+    adapter.thaw(model)
     stride = adapter.largest_stride(model)
     if options.img % stride:
         raise BadInput(f"--img: must be a multiple of {stride}, got {options.img}")

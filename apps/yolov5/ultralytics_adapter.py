@@ -158,9 +158,14 @@ def slim_model(name: str | dict[str, Any], names: dict[int, str], cut: dict[str,
 
 def _dressed(model: Model, names: dict[int, str]) -> Model:
     model.nc, model.names = len(names), dict(names)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".dfl." not in name)  # the bins' distances 0, 1, 2, ...: a constant
+    thaw(model)
     return model
+
+
+def thaw(model: Model) -> None:
+    """Checkpoints hold frozen averages; the bins' distances 0, 1, 2, ... alone are constants."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".dfl." not in name)
 
 
 def class_names(model: Model) -> dict[int, str]:

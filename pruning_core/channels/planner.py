@@ -154,7 +154,8 @@ class _Search:
     def _frozen(self) -> str:
         found = [weights for group in self.graph.groups.values() if (weights := self.room.frozen(group))]
         first = ", ".join(sorted({name for each in found for name in each})[:3])
-        return f", and {len(found)} groups stay because {first} require no gradient" if found else ""
+        do = "call requires_grad_(True), or name their layers in op_names"
+        return f", and {len(found)} groups stay because {first} require no gradient; {do}" if found else ""
 
     def removed(self, count: int) -> Removed:
         """``removed_of`` for this search."""

@@ -62,7 +62,8 @@ def test_it_can_be_named_without_gradients():
 def test_a_model_that_is_frozen_as_a_whole():
     message = (
         r"^budget: cannot be met, got channels 0\.8; from 1\.000 to 1 can be reached with these limits, and 2 groups "
-        r"stay because 0\.weight, 3\.weight, 8\.weight require no gradient$"
+        r"stay because 0\.weight, 3\.weight, 8\.weight require no gradient; call requires_grad_\(True\), or name their "
+        r"layers in op_names$"
     )
     with pytest.raises(ValueError, match=message):
         pc.slim(net().requires_grad_(False), {"channels": 0.8}, IMAGES[:1])
