@@ -55,7 +55,7 @@ def parser() -> Parser:
     made.gone = GONE
     model = made.add_argument_group("model and data")
     model.add_argument(
-        "--weights", default="", help="checkpoint or run folder to start from (yolov5s.pt, unless --cfg)"
+        "--weights", default="", help="checkpoint or run folder to start from (yolov5s.pt if it is here, unless --cfg)"
     )
     model.add_argument("--cfg", default="", help="yolov5n ... yolov5x, yolov5s6, or a yaml; with --weights: a new head")
     model.add_argument("--data", default="", help="data yaml: train, val, names")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,8 @@ from apps.yolov5.resume import begun_with, check_same, find_state, load_state
 from apps.yolov5.run import Run
 from apps.yolov5.timeline import Timeline, check_epochs
 from pruning_core import DetectionDistillation
+
+DEFAULT = "yolov5s.pt"
 
 
 def build(options: Namespace, given: dict[str, Any], ranks: Ranks) -> Run:
@@ -105,6 +108,15 @@ def _amp(kind: str, device: torch.device) -> torch.dtype | None:
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[kind]
 
 
+def _default_model(options: Namespace, ranks: Ranks) -> None:
+    """YOLOv5's default checkpoint where it lies here; else its yaml, since nothing is downloaded."""
+    if Path(DEFAULT).is_file():
+        options.weights = DEFAULT
+        return
+    options.cfg = Path(DEFAULT).stem
+    ranks.say(f"--weights: none is given and {DEFAULT} is not here; training {options.cfg} from random weights")
+
+
 def _check(options: Namespace, ranks: Ranks) -> None:
     check_epochs(options.epochs, options.cooldown_epochs, options.do_prune)
     if not options.data:
@@ -112,7 +124,7 @@ def _check(options: Namespace, ranks: Ranks) -> None:
             "--data: is missing; make a small set with python data/shapes_detection.py --output runs/data/shapes"
         )
     if not options.weights and not options.cfg:
-        options.weights = "yolov5s.pt"  # YOLOv5's default
+        _default_model(options, ranks)
     options.weights = options.weights and adapter.checkpoint_file(options.weights)
     options.teacher_weights = options.teacher_weights and adapter.checkpoint_file(options.teacher_weights)
     check_writable(options.project, "--project")
@@ -121,11 +133,11 @@ def _check(options: Namespace, ranks: Ranks) -> None:
             f"--batch-size: counts all ranks and must divide by their number {ranks.size}, got {options.batch_size}"
         )
     if options.pruning_config and not options.do_prune:
-        raise BadInput(
-            f"--pruning_config: does nothing without --do_prune, got {options.pruning_config}; add --do_prune"
-        )
+        ranks.say(f"--pruning_config: {options.pruning_config} is not used; this is dense training without --do_prune")
     if options.dist_loss and not (options.teacher_weights or options.weights):
-        raise BadInput(f"--dist_loss: needs a dense teacher, got {options.dist_loss}; give --teacher_weights")
+        raise BadInput(
+            f"--dist_loss: needs a dense teacher, got {options.dist_loss}; give --weights or --teacher_weights"
+        )
     if options.teacher_weights and not options.dist_loss:
         raise BadInput(
             f"--teacher_weights: does nothing without --dist_loss, got {options.teacher_weights}; add --dist_loss kl"

@@ -189,6 +189,27 @@ def test_nosave_noval_noplots(place):
     assert [row["metrics/mAP50"] != "" for row in rows(place / "little")] == [False, False, False, True]
 
 
+def test_a_pruning_configuration_without_do_prune_is_dense_training(place, capsys):
+    """The third command of the documentation of Neural Compressor's example."""
+    given = {"weights": place / "dense", "cfg": None, "pruning_config": place / "recipe.yaml", "epochs": 1}
+    assert app.main(app.arguments(place / "set/data.yaml", place, "--name=unpruned", "--noplots", **given)) == 0
+    said = f"--pruning_config: {place / 'recipe.yaml'} is not used; this is dense training without --do_prune"
+    assert said in capsys.readouterr().out.splitlines()
+    weights = weights_of(place / "unpruned/weights/last.pt")
+    assert all(value.count_nonzero() > 0.99 * value.numel() for name, value in weights.items() if ".dfl." not in name)
+
+
+def test_data_alone_trains_yolov5s_from_its_yaml(place, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {"cfg": None, "epochs": 1, "img": 32}
+    assert app.main(app.arguments(place / "set/data.yaml", place, "--name=alone", "--noplots", **given)) == 0
+    said = "--weights: none is given and yolov5s.pt is not here; training yolov5s from random weights"
+    assert said in capsys.readouterr().out.splitlines()
+    (tmp_path / "yolov5s.pt").write_bytes((place / "dense/weights/best.pt").read_bytes())
+    assert app.main(app.arguments(place / "set/data.yaml", place, "--name=here", "--noplots", **given)) == 0
+    assert "random weights" not in capsys.readouterr().out
+
+
 def test_frozen_layers_stay_as_they_are(place):
     assert app.main(words(place, "frozen", "--freeze=3", "--noplots")) == 0
     before, after = weights_of(place / "dense/weights/best.pt"), weights_of(place / "frozen/weights/last.pt")
