@@ -28,6 +28,7 @@ ALIASES = {
     "prune_type": "pruning_type",
     "criterion_type": "pruning_type",
     "update_frequency_on_step": "pruning_frequency",
+    "update_frequency": "pruning_frequency",
     "max_sparsity_ratio_per_layer": "max_sparsity_ratio_per_op",
     "min_sparsity_ratio_per_layer": "min_sparsity_ratio_per_op",
 }
@@ -37,9 +38,14 @@ DROPPED = {
     "low_memory_usage": "scores are stored per unit already; remove it",
     "resume_from_pruned_checkpoint": "use pruner.load_state_dict, or pruning_type: pattern_lock; remove it",
     "backend": "PyTorch is the only one; remove it",
+    "initial_sparsity": "every schedule begins at 0; remove it",
     "progressive": "write pruning_type: snip_momentum_progressive instead",
 }
 """Neural Compressor's options that have no counterpart, and what to do."""
+
+
+WEIGHT_COMPRESSION = ("weight_compression_pytorch", "weight_compression_v2", "weight_compression")
+"""Neural Compressor's names of the section that holds the options."""
 
 
 class WeightPruningConfig:
@@ -122,6 +128,8 @@ class _Given:
         items = [(f"{where}{key}", key, value) for key, value in options.items()]
         items += [(f"{where}parameters.{key}", key, value) for key, value in parameters.items()]
         for spelled, key, value in items:
+            if key == "initial_sparsity" and not isinstance(value, bool) and value == 0:
+                continue
             if key in DROPPED:
                 raise ValueError(f"{spelled}: has no meaning here, got {shown(value)}; {DROPPED[key]}")
             name = ALIASES.get(key, key)
@@ -178,7 +186,7 @@ def _from_neural_compressor(source: Mapping[str, Any]) -> list[_Given]:
     section: Any = source
     _only(source, "", ("version", "model", "pruning"))
     where = ""
-    for names in (("pruning",), ("approach",), ("weight_compression_pytorch", "weight_compression")):
+    for names in (("pruning",), ("approach",), WEIGHT_COMPRESSION):
         name = next((name for name in names if name in section), names[0])
         if where:
             _only(section, where, names)

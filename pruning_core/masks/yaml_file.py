@@ -1,7 +1,7 @@
 """Reads a YAML mapping from an untrusted file: bounded size and depth, no objects, no aliases, no duplicate keys.
 
-``!Pruner`` (a mapping in Neural Compressor's files) is the only tag. Scalars are read as in YAML 1.2: an unquoted
-``2:4`` is a string (in YAML 1.1 the number 124) and ``1e-4`` a number (in YAML 1.1 a string).
+``!Pruner`` and ``!PrunerV2`` (mappings in Neural Compressor's files) are the only tags. Scalars are read as in YAML 1.2:
+an unquoted ``2:4`` is a string (in YAML 1.1 the number 124) and ``1e-4`` a number (in YAML 1.1 a string).
 """
 
 from __future__ import annotations
@@ -50,11 +50,14 @@ def _at(node: yaml.Node | yaml.Event, problem: str) -> yaml.MarkedYAMLError:
 
 def _pruner(loader: _Loader, node: yaml.Node) -> dict[Any, Any]:
     if not isinstance(node, yaml.MappingNode):
-        raise _at(node, "!Pruner must be followed by options, as '!Pruner' and then 'pattern: 4x1' on the next line")
+        how = f"as '{node.tag}' and then 'pattern: 4x1' on the next line"
+        raise _at(node, f"{node.tag} must be followed by options, {how}")
     return loader.construct_mapping(node, deep=True)
 
 
-_Loader.add_constructor("!Pruner", _pruner)
+TAGS = ("!Pruner", "!PrunerV2")
+for _tag in TAGS:
+    _Loader.add_constructor(_tag, _pruner)
 for _kind, (_text, _first) in NUMBERS_AND_SUCH.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_text})\\Z"), list(_first))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"\Z"), [""])
@@ -102,7 +105,7 @@ def _check_size(path: Path, text: str) -> None:
         elif isinstance(event, yaml.AliasEvent):
             raise _at(event, f"aliases are not read, got '*{event.anchor}'; write the options out")
         tag = getattr(event, "tag", None)
-        if tag not in (None, "!", "!Pruner"):
-            raise _at(event, f"unknown tag {tag[:80]!r}; the only tag is !Pruner")
+        if tag not in (None, "!", *TAGS):
+            raise _at(event, f"unknown tag {tag[:80]!r}; known: {', '.join(TAGS)}")
         if depth > MAX_DEPTH or nodes > MAX_NODES:
             raise ValueError(f"{path}: nested too deep or too long; this is not a pruning configuration")

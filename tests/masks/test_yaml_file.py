@@ -258,9 +258,9 @@ def test_what_is_read_is_new_every_time(write):
         ("[]", ": must be a mapping of options, got list; "),
         ("just text", ": must be a mapping of options, got str; "),
         ("0.8", ": must be a mapping of options, got float; "),
-        ("a: !Prunner {}", ", line 1: unknown tag '!Prunner'; the only tag is !Pruner"),
-        ("a: 1\nb:\n  - !Pruner/x {}", ", line 3: unknown tag '!Pruner/x'; the only tag is !Pruner"),
-        ("!x a: 1", ", line 1: unknown tag '!x'; the only tag is !Pruner"),
+        ("a: !Prunner {}", ", line 1: unknown tag '!Prunner'; known: !Pruner, !PrunerV2"),
+        ("a: 1\nb:\n  - !Pruner/x {}", ", line 3: unknown tag '!Pruner/x'; known: !Pruner, !PrunerV2"),
+        ("!x a: 1", ", line 1: unknown tag '!x'; known: !Pruner, !PrunerV2"),
         ("a: !x [1]", ", line 1: unknown tag '!x'; "),
         ("a: !!python/object:os.system x", ", line 1: unknown tag 'tag:yaml.org,2002:python/object:os.system'; "),
         ("a: !!python/object/apply:os.system [x]", ", line 1: unknown tag 'tag:yaml.org,2002:python/object/apply:os"),
@@ -454,3 +454,51 @@ def test_an_endless_file_is_not_read_to_its_end(pipe):
     assert refused(pipe) == TOO_LARGE
     writer.join()
     assert len(written) < 10
+
+
+# ---- files of Neural Compressor's own tests --------------------------------------------------------------------------
+
+V2 = """
+model:
+  name: imagenet_prune
+  framework: pytorch
+pruning:
+  approach:
+    weight_compression_v2:
+      initial_sparsity: 0.0
+      target_sparsity: 0.9
+      start_step: 0
+      end_step: 10
+      excluded_op_names: ["classifier"]
+      update_frequency: 2
+      pruners:
+        - !PrunerV2
+            pruning_type: "magnitude"
+            op_names: ['layer1.*']
+            pattern: "4x1"
+            parameters: {"reg_coeff":0.1}
+            reg_type: group_lasso
+        - !PrunerV2
+            start_step: 1
+            end_step: 1
+            initial_sparsity: 0
+            target_sparsity: 0.5
+            update_frequency: 3
+            op_names: ['layer2.*']
+            pattern: "2:4"
+"""
+
+
+def test_the_second_generation_of_files(write):
+    first, second = WeightPruningConfig(write(V2)).pruners
+    assert (first.target_sparsity, first.pruning_frequency, first.reg_coeff) == (0.9, 2, 0.1)
+    assert (second.target_sparsity, second.pruning_frequency, second.pattern) == (0.5, 3, "2:4")
+    assert first.excluded_op_names == second.excluded_op_names == ["classifier"]
+
+
+@pytest.mark.parametrize("value", ["0.1", "true", "null"])
+def test_a_schedule_that_would_not_begin_at_zero(write, value):
+    text = V2.replace("initial_sparsity: 0.0", f"initial_sparsity: {value}")
+    message = r"initial_sparsity: has no meaning here, got .*; every schedule begins at 0; remove it"
+    with pytest.raises(ValueError, match=message):
+        WeightPruningConfig(write(text))
