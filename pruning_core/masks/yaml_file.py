@@ -1,7 +1,7 @@
 """Reads a YAML mapping from an untrusted file: bounded size and depth, no objects, no aliases, no duplicate keys.
 
-``!Pruner`` and ``!PrunerV2`` (mappings in Neural Compressor's files) are the only tags. Scalars are read as in YAML 1.2:
-an unquoted ``2:4`` is a string (in YAML 1.1 the number 124) and ``1e-4`` a number (in YAML 1.1 a string).
+``!Pruner`` and ``!PrunerV2`` (mappings in Neural Compressor's files) are the only tags. Scalars are read as in YAML
+1.2: an unquoted ``2:4`` is a string (in YAML 1.1 the number 124) and ``1e-4`` a number (in YAML 1.1 a string).
 """
 
 from __future__ import annotations

@@ -224,6 +224,7 @@ BOTH_GENERATIONS = {
     "prune_domain": "pruning_scope",
     "prune_type": "pruning_type",
     "update_frequency_on_step": "pruning_frequency",
+    "update_frequency": "pruning_frequency",
     "max_sparsity_ratio_per_layer": "max_sparsity_ratio_per_op",
     "min_sparsity_ratio_per_layer": "min_sparsity_ratio_per_op",
     "names": "op_names",
@@ -264,11 +265,13 @@ def test_an_error_speaks_of_the_spelling_that_was_used():
     assert message([{"max_sparsity_ratio_per_layer": 0.5}]).startswith("pruning_configs[0].target_sparsity: above max")
 
 
-@pytest.mark.parametrize("option", ["low_memory_usage", "resume_from_pruned_checkpoint", "backend", "progressive"])
+@pytest.mark.parametrize(
+    "option", ["low_memory_usage", "resume_from_pruned_checkpoint", "backend", "progressive", "initial_sparsity"]
+)
 def test_dropped_option(option):
-    expected = f"pruning_configs[0].{option}: has no meaning here, got False; {DROPPED[option]}"
-    assert message([{option: False}]) == expected
-    assert message(**{option: False}) == expected.removeprefix("pruning_configs[0].")
+    expected = f"pruning_configs[0].{option}: has no meaning here, got True; {DROPPED[option]}"
+    assert message([{option: True}]) == expected
+    assert message(**{option: True}) == expected.removeprefix("pruning_configs[0].")
 
 
 def test_every_dropped_option_is_tested():
