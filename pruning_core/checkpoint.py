@@ -122,7 +122,8 @@ def _plain(value: Any, where: str) -> Any:
     """A copy of tensors and plain data only; CheckpointError naming the first value that is neither."""
     if type(value) in (Tensor, torch.nn.Parameter):
         return value.detach()
-    if isinstance(value, Tensor) and _of_sharded_tensors(type(value)):
+    known = torch.serialization.get_safe_globals()
+    if isinstance(value, Tensor) and type(value) in known and _of_sharded_tensors(type(value)):
         return value
     if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):
         return _plain(value.item(), where)

@@ -644,3 +644,16 @@ def test_leftovers_of_killed_runs_are_taken_away_when_nobody_can_be_writing_them
         os.utime(leftover, (0, 0))
     checkpoint.save({"x": 1}, tmp_path / "c.pt")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".c.pt.b.tmp", ".d.pt.a.tmp", "c.pt"]
+
+
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
+    """A tensor class of torch.distributed that torch.load does not know."""
+
+    class Waiting(torch.Tensor):
+        pass
+
+    Waiting.__module__ = "torch.distributed._functional_collectives"
+    with pytest.raises(
+        CheckpointError, match=r"^checkpoint\['a'\]: only tensors and plain data are saved, got Waiting"
+    ):
+        checkpoint.save({"a": torch.ones(2).as_subclass(Waiting)}, tmp_path / "a.pt")

@@ -55,7 +55,7 @@ def check_same(run: Run, state: dict[str, Any], given: dict[str, Any]) -> None:
         was, now = f"{state['images']} images of {len(state['names'])} classes", f"{images} of {len(run.data.names)}"
         raise BadInput(f"--data: this run was begun with {was}, got {now}; put them back, or begin a new run")
     path = run.options.pruning_config
-    if path is None or not Path(path).is_file():
+    if path is None or run.recipe is None or not Path(path).is_file():
         return
     try:
         same = WeightPruningConfig(path).to_dict() == state["recipe"]

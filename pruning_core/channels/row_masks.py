@@ -85,12 +85,13 @@ class RowMask:
             parameters[name] = parameters.pop(name)
 
     def settle(self, undo: ExitStack) -> None:
-        """Masked rows become zero in the parameters themselves."""
+        """Writes what the parametrization computes, with zero rows, into the parameters themselves."""
         for name in self.under:
             tensor = self.module._parameters[name]
             assert tensor is not None
             undo.callback(setattr, tensor, "data", tensor.data)
-            tensor.data = zero_rows(tensor.data, self.mask)
+            with torch.no_grad():
+                tensor.data = zero_rows(self.fake(tensor.data), self.mask)
 
     def check(self) -> None:
         """ValueError for a mask that ``update_mask`` left with a wrong shape, dtype or no row."""
@@ -114,12 +115,12 @@ class Chosen:
 
     def keep(self, graph: ChannelGraph, axis: Axis) -> None:
         """Leaves in place what the consumer with this axis reads, and what must stay of one size with it."""
-        names = [name for name in self.with_constants if axis in graph.groups[name].axes]
-        for name in names:
-            del self.with_constants[name]
-            made = next(each.tensor for each in graph.groups[name].axes if each not in graph.consumers)
-            self.padded[f"{made}, which {axis.tensor.rpartition('.')[0]} pads"] += len(self.removed.pop(name))
-        self.removed = graph.restored(self.removed)
+        before, names = self.removed, [name for name in self.with_constants if axis in graph.groups[name].axes]
+        self.removed = graph.restored({name: at for name, at in before.items() if name not in names})
+        for name, at in before.items():
+            if stay := len(at) - len(self.removed.get(name, ())):
+                made = next(each.tensor for each in graph.groups[name].axes if each not in graph.consumers)
+                self.padded[f"{made}, which {axis.tensor.rpartition('.')[0]} pads"] += stay
         self.with_constants = {name: at for name, at in self.removed.items() if name in self.with_constants}
 
 

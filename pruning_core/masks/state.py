@@ -10,7 +10,7 @@ from pruning_core.masks.config import WeightPruningConfig
 from pruning_core.masks.groups import MaskGroup
 from pruning_core.masks.options import PrunerOptions
 
-VERSION = 1
+VERSION = 2
 
 
 def state_of(config: WeightPruningConfig, clocks: Sequence[Clock], groups: Sequence[MaskGroup]) -> dict[str, Any]:
@@ -43,7 +43,8 @@ def check(
     if not isinstance(state, dict) or not {"version", "config", "clocks", "groups", "slice"} <= state.keys():
         raise ValueError("load_state_dict: not the state of a pruner; pass what pruner.state_dict() gave")
     if state["version"] != VERSION:
-        raise ValueError(f"load_state_dict: version {VERSION} is read here, got {state['version']}; update the package")
+        how = "use the pruning_core that wrote it"
+        raise ValueError(f"load_state_dict: version {VERSION} is read here, got {state['version']}; {how}")
     _check_config(state["config"]["pruning_configs"], config.to_dict()["pruning_configs"])
     ranks = next((group.ranks for group in groups if group.ranks is not None), None)
     here = [0, 1] if ranks is None else [ranks.rank, ranks.size]

@@ -101,7 +101,7 @@ class MaskedWeight:
         self.observed = True
         weight, gradient = self.weight(), self.gradient()
         criterion = self.options.criterion
-        if gradient is None and self.score is None:
+        if gradient is None and (self.score is None or not criterion.accumulates):
             return
         new = criterion.score(weight, torch.zeros_like(weight) if gradient is None else gradient)
         new = criterion.each_step(self.fold(new) if self.stores_units else new)

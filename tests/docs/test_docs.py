@@ -39,7 +39,25 @@ def test_the_readme_shows_what_its_sample_prints(capsys):
     assert [line.split()[:3] for line in printed] == [line.split()[:3] for line in shown]
 
 
+SHOWN = re.compile(r"<!-- run -->\n```python\n((?:(?!```).)*)```\n\n```text\n(.*?)```", re.DOTALL)
+PRINTED = [
+    (page, *shown) for page in sorted((ROOT / "docs/api").glob("*.md")) for shown in SHOWN.findall(page.read_text())
+]
+
+
+@pytest.mark.parametrize(("page", "code", "text"), PRINTED, ids=lambda value: getattr(value, "name", ""))
+def test_the_reference_shows_what_its_samples_print(page, code, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        exec(code, {})
+    finally:
+        if "squared" in CRITERIA:
+            CRITERIA.remove("squared")
+    assert capsys.readouterr().out == text
+
+
 def test_there_are_samples():
+    assert len(PRINTED) >= 2
     assert len(SAMPLES) >= 4
 
 

@@ -180,3 +180,32 @@ def test_resume_knows_what_was_left_out(tmp_path):
     saved = {"model": model.state_dict(), "pruner": pruner.state_dict()}
     pc.checkpoint.save(saved, tmp_path / "b.pt")
     assert [row.name for row in pc.inspect(tmp_path / "b.pt").dense] == ["2.weight"]
+
+
+@pytest.mark.parametrize("kind", ["gradient", "snip"])
+def test_a_score_that_waits_is_not_lost(kind):
+    """It is not replaced by zeros, which would go first, where a step without a gradient comes before the cut."""
+    model = net()
+    pruner = pc.Pruning({"pruning_type": kind, "pattern": "1x1", "start_step": 1, "end_step": 1})
+    pruner.model = model
+    pruner.on_train_begin()
+    model(torch.randn(8, 16)).square().mean().backward()
+    pruner.on_before_optimizer_step()
+    weights = pruner.state_dict()["groups"][0]["weights"]
+    before = {name: weight["score"].clone() for name, weight in weights.items()}
+    for group in pruner._groups:
+        model.zero_grad()
+        for weight in group.weights:
+            weight.observe(1.0, None)
+    after = pruner.state_dict()["groups"][0]["weights"]
+    assert all(torch.equal(after[name]["score"], score) for name, score in before.items())
+
+
+def test_a_state_of_an_older_version_is_refused():
+    model = net()
+    pruner = run(model, {"pattern": "1x1", "end_step": 2}, steps=4)
+    state = {**pruner.state_dict(), "version": 1}
+    with pytest.raises(
+        ValueError, match=r"^load_state_dict: version 2 is read here, got 1; use the pruning_core that wrote it$"
+    ):
+        pruner.load_state_dict(state)

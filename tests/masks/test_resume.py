@@ -151,7 +151,7 @@ def test_states_that_do_not_fit_change_nothing():
     assert other.pruner.step == 0
     with pytest.raises(ValueError, match="not the state of a pruner; pass"):
         begun().pruner.load_state_dict({"model": 1})
-    with pytest.raises(ValueError, match="version 1 is read here, got 99"):
+    with pytest.raises(ValueError, match="version 2 is read here, got 99"):
         begun().pruner.load_state_dict({**state, "version": 99})
     with pytest.raises(ValueError, match="the state is of 1 pruners, got 2"):
         begun([{"end_step": 5, "op_names": ["^0$"]}, {"end_step": 5}]).pruner.load_state_dict(state)

@@ -395,3 +395,50 @@ def test_the_names_for_patterns_are_not_called():
 
     with pytest.raises(RuntimeError, match=r"^prune_linear: is a name for patterns, got a call; pruner.prune\(\)"):
         prune_linear(nn.Linear(2, 2))
+
+
+# ---- beyond torch's tests -------------------------------------------------------------------------------------------
+
+
+def gates_apart(names=("ih", "hh")):
+    """Masks that keep another hidden unit in each gate."""
+
+    class Apart(BaseStructuredSparsifier):
+        def update_mask(self, module, tensor_name, **kwargs):
+            mask = getattr(module.parametrizations, tensor_name)[0].mask
+            mask[[0, 5, 2 + 8, 3 + 12]] = False  # units 0, 1, 2, 3 of the four gates
+
+    torch.manual_seed(0)
+    model = Recurrent(4)
+    return step(Apart(), model, [{"tensor_fqn": f"lstm.weight_{name}_l0"} for name in names]), model
+
+
+def test_squash_mask_moves_no_rows():
+    pruner, model = gates_apart()
+    masked = model.lstm.weight_ih_l0.detach().clone(), model.lstm.weight_hh_l0.detach().clone()
+    pruner.squash_mask()
+    assert torch.equal(model.lstm.weight_ih_l0, masked[0]) and torch.equal(model.lstm.weight_hh_l0, masked[1])
+
+
+def test_gates_of_one_weight_alone_stay():
+    """Rows of the other weight would not move along: masks disagree, and rows stay as zeros."""
+    pruner, model = gates_apart(names=["ih"])
+    x = torch.randn(3, 4)
+    masked = model(x)[0]
+    with pytest.warns(UserWarning, match=r"^prune: masks of coupled rows disagree, got 4 masked rows"):
+        pruner.prune()
+    assert model.lstm.hidden_size == 4
+    torch.testing.assert_close(model(x)[0], masked)
+
+
+def test_what_a_parametrization_computes_is_what_is_left():
+    class Half(FakeStructuredSparsity):
+        def forward(self, tensor):
+            return super().forward(tensor) / 2
+
+    model = linears()
+    pruner = step(OneRow(), model, [{"tensor_fqn": "0.0.weight", "parametrization": Half}])
+    masked = model(ROWS)
+    pruner.prune()
+    assert model[0][0].weight.shape == (4, 7)
+    torch.testing.assert_close(model(ROWS), masked)

@@ -16,13 +16,16 @@ def align_gates(masks: Sequence[RowMask], undo: ExitStack) -> None:
     """Moves rows within each gate so that all gates of a layer remove the same hidden units.
 
     Of every gate the kept rows stay, in their order, as with ``torch.ao``: row i of two gates may come from different
-    hidden units. Nothing is moved where the masks agree, or keep different numbers.
+    hidden units. Nothing is moved where the masks agree or keep different numbers, or where one of the two weights of a
+    layer has no mask.
     """
     layers: dict[tuple[int, str], list[RowMask]] = {}
     for mask in masks:
         if isinstance(mask.module, nn.RNNBase) and mask.name.startswith(("weight_ih_", "weight_hh_")):
             layers.setdefault((id(mask.module), mask.name.removeprefix("weight_")[3:]), []).append(mask)
     for found in layers.values():
+        if len(found) < 2:
+            continue
         gates = [gate for mask in found for gate in mask.mask.split(_units(mask))]
         wanted = max(found, key=lambda mask: mask.name.startswith("weight_hh")).mask.split(_units(found[0]))[-1]
         if all(torch.equal(gate, wanted) for gate in gates) or len({int(gate.sum()) for gate in gates}) > 1:

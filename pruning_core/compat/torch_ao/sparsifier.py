@@ -136,6 +136,7 @@ class BaseStructuredSparsifier(abc.ABC):
             mask.check()
         with ExitStack() as undo:
             self._bare(undo)
+            align_gates(self._masks, undo)
             example = example_for(model, self._seen and self._seen[0]) if example_inputs is None else example_inputs
             chosen = self._cut(model, as_inputs(example), optimizer or (), undo)
             undo.pop_all()
@@ -219,7 +220,6 @@ class BaseStructuredSparsifier(abc.ABC):
             mask.detach()
         for mask in self._masks:
             mask.settle(undo)
-        align_gates(self._masks, undo)
 
     @staticmethod
     def _trace(model: nn.Module, example: Inputs) -> ChannelGraph:

@@ -127,6 +127,19 @@ def test_resume_without_a_name_takes_the_latest_of_the_project(place, monkeypatc
     assert "going on with" in capsys.readouterr().out
 
 
+def test_dense_training_that_names_a_recipe_goes_on(place, monkeypatch, tmp_path, capsys):
+    """The recipe is not used, neither when the run is begun nor when it goes on."""
+    from apps.yolov5 import train_prune
+
+    recipe = f"--pruning_config={place / 'recipe.yaml'}"
+    begin = app.arguments(place / "set/data.yaml", tmp_path, "--name=plain", recipe, "--noplots", epochs=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_prune, "Interrupt", lambda: StopAt(1))
+        assert app.main(begin) == 143
+    assert app.main(["--resume", str(tmp_path / "plain"), recipe]) == 0
+    assert "has changed" not in capsys.readouterr().out
+
+
 def wait_for(process, text: str) -> str:
     seen = ""
     for line in process.stdout:
