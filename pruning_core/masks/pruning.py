@@ -16,7 +16,7 @@ from pruning_core.masks.build import build_groups, who_steps
 from pruning_core.masks.clock import Clock, OptimizerHooks, unwrap_optimizer
 from pruning_core.masks.config import WeightPruningConfig
 from pruning_core.masks.groups import MaskGroup
-from pruning_core.masks.lasso import shrink_
+from pruning_core.masks.lasso import ShrinkAtStep, shrink_
 from pruning_core.masks.options import LOCK, PrunerOptions
 from pruning_core.masks.report import SparsityReport, report_of
 from pruning_core.masks.sharding import local, reshard
@@ -63,7 +63,7 @@ class Pruning:
         self.on_divergence = on_divergence
         self.model: nn.Module | None = None
         self.optimizer: Any = None
-        """Only for group lasso under the explicit hooks, which reads the learning rate."""
+        """For group lasso under the explicit hooks: whose learning rate it reads; None: of the one that steps."""
         self.train_func: Callable[[nn.Module], Any] | None = None
         self.eval_func: Callable[[nn.Module], Any] | None = None
         self.metrics: dict[str, Any] = {}
@@ -75,6 +75,8 @@ class Pruning:
         self._skipped: bool | Tensor = False
         self._pending_state: dict[str, Any] | None = None
         self._looked = False  # before_step was called in the current step
+        self._shrinking: ShrinkAtStep | None = None
+        self._rate_known = False  # an optimizer was seen to step
         self._told_no_gradient = False
         self._counted: tuple[list[int], float] = ([], 0.0)
 
@@ -128,8 +130,6 @@ class Pruning:
             self._clocks = {optimizer: Clock() for optimizer, params in held.items() if params}
             return
         self._params, self._clocks = {None: None}, {None: Clock()}
-        if self.optimizer is None and any(group.options.reg_type for group in self._groups):
-            raise RuntimeError("reg_type: group_lasso needs the learning rate; set pruner.optimizer first")
 
     def _warn_if_too_short(self, total_steps: int) -> None:
         for group in self._groups:
@@ -201,6 +201,9 @@ class Pruning:
                 "on_after_optimizer_step: on_before_optimizer_step was not called in this step; gradients are read "
                 "there, call it after backward"
             )
+        if self._shrinking is not None:
+            self._shrinking.end(known=self._rate_known)
+            self._shrinking, self._rate_known = None, True
         self.after_step(None)
 
     def on_train_end(self) -> None:
@@ -266,9 +269,13 @@ class Pruning:
         if not all(seen):
             self._tell_no_gradient()
         self._catch_up(bad)
-        for group in self._groups:
-            if group.options.reg_type and group.table.start <= now <= group.table.end:
-                shrink_(group, params, optimizer or unwrap_optimizer(self.optimizer), bad)
+        shrinking = [g for g in self._groups if g.options.reg_type and g.table.start <= now <= g.table.end]
+        rated = optimizer or self.optimizer
+        if shrinking and rated is None:
+            self._shrinking = ShrinkAtStep(shrinking, bad)
+            return
+        for group in shrinking:
+            shrink_(group, params, unwrap_optimizer(rated), bad)
 
     def _gradients(self, optimizer: Optimizer | None) -> list[Tensor]:
         if optimizer is None:

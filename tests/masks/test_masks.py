@@ -1,6 +1,8 @@
 """Progressive, locked, regularized, per-layer and one-shot masks: the numbers they must show."""
 
+import gc
 import math
+import sys
 
 import pytest
 import torch
@@ -139,11 +141,91 @@ def test_group_lasso_ends_with_the_schedule():
     assert norms[0] == norms[1] > norms[2] > norms[3] > norms[4] == norms[5] == norms[7]
 
 
-def test_group_lasso_under_explicit_hooks_needs_the_optimizer():
-    pruner = Pruning({"reg_type": "group_lasso", "reg_coeff": 0.1})
-    pruner.model = small_net()
-    with pytest.raises(RuntimeError, match=r"group_lasso needs the learning rate; set pruner\.optimizer first"):
+LASSO = {"pattern": "4x1", "end_step": 9, "pruning_frequency": 3, "reg_type": "group_lasso", "reg_coeff": 0.5}
+
+
+def lasso_run(drive: str, *, others: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    model = small_net()
+    halves = [list(model[0].parameters()), [p for layer in list(model)[1:] for p in layer.parameters()]]
+    optimizers = [torch.optim.SGD(half, lr=rate, momentum=0.9) for half, rate in zip(halves, (0.2, 0.01), strict=True)]
+    stranger = torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=100.0)
+    pruner = Pruning(LASSO)
+    if drive == "attach":
+        pruner.attach(model, *optimizers)
+    else:
+        pruner.model = model
         pruner.on_train_begin()
+    for step in range(12):
+        if drive == "hooks":
+            pruner.on_step_begin()
+        loss_of(model, step).backward()
+        if drive == "hooks":
+            pruner.on_before_optimizer_step()
+        if others:
+            stranger.step()
+        for optimizer in optimizers:
+            optimizer.step()
+        if drive == "hooks":
+            pruner.on_after_optimizer_step()
+        model.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_group_lasso_under_explicit_hooks_takes_the_rate_of_the_optimizer_that_steps(others):
+    """Two optimizers with rates of their own, and one that holds none of the weights: all as under ``attach``."""
+    given, seen = lasso_run("attach"), lasso_run("hooks", others=others)
+    assert zeros_of(given) > 0
+    assert all(torch.equal(a, b) for a, b in zip(given.parameters(), seen.parameters(), strict=True))
+
+
+def test_group_lasso_under_explicit_hooks_without_a_step_of_an_optimizer():
+    model = small_net()
+    pruner = Pruning(LASSO)
+    pruner.model = model
+    pruner.on_train_begin()
+    loss_of(model, 0).backward()
+    pruner.on_before_optimizer_step()
+    expected = (
+        r"reg_type: group_lasso reads the learning rate from the optimizer that holds the pruned weights, got no step "
+        r"of one between on_before_optimizer_step and on_after_optimizer_step; set pruner\.optimizer before training"
+    )
+    with pytest.raises(RuntimeError, match=expected):
+        pruner.on_after_optimizer_step()
+
+
+def test_group_lasso_leaves_no_hook_behind():
+    """The hook on all optimizers ends with the step, or with the pruner when the loop breaks off."""
+    hooks = sys.modules["torch.optim.optimizer"]._global_optimizer_pre_hooks
+    before = dict(hooks)
+    lasso_run("hooks")
+    assert hooks == before
+    model = small_net()
+    pruner = Pruning(LASSO)
+    pruner.model = model
+    pruner.on_train_begin()
+    for _ in range(2):  # the second time the hook of the first is in place still
+        loss_of(model, 0).backward()
+        pruner.on_before_optimizer_step()
+        assert len(hooks) == len(before) + 1
+    del pruner
+    gc.collect()
+    assert hooks == before
+
+
+def test_a_step_that_is_skipped_for_its_gradients_shrinks_nothing():
+    model = small_net()
+    dense = [p.detach().clone() for p in model.parameters()]
+    pruner = Pruning(LASSO | {"start_step": 0})
+    pruner.model = model
+    pruner.on_train_begin()
+    loss_of(model, 0).backward()
+    model[0].weight.grad[0] = float("inf")
+    pruner.on_before_optimizer_step()
+    pruner.on_after_optimizer_step()
+    assert all(torch.equal(a, b) for a, b in zip(dense, model.parameters(), strict=True))
+    assert pruner.step == 0
 
 
 def test_snip_at_initialization_cuts_as_soon_as_a_gradient_is_there():
