@@ -136,8 +136,8 @@ def _reduce(x: Tensor, axis: int, reduce: Reduce, keepdim: bool = False) -> Tens
 class Block(Pattern):
     """``NxM``: N output channels by M input channels at one kernel position.
 
-    ``1xchannel`` is a whole filter and ``channelx1`` a whole input channel, kernel positions included: here the
-    extents along the whole axes are None.
+    ``1xchannel`` is a whole filter, ``channelx1`` a whole input channel, ``channelx64`` 64 of them together; kernel
+    positions are included, and the extents along the whole axes are None.
     """
 
     out_channels: int | None
@@ -146,16 +146,12 @@ class Block(Pattern):
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """``NxM``, ``1xchannel`` or ``channelx1``; None for other text."""
-        if text == "1xchannel":
-            return cls(1, None)
-        if text == "channelx1":
-            return cls(None, 1)
-        match = re.fullmatch(r"(\d+)x(\d+)", text)
-        if match is None:
+        """``NxM``, ``Nxchannel`` or ``channelxM``; None for other text."""
+        match = re.fullmatch(r"(\d+|channel)x(\d+|channel)", text)
+        if match is None or match[1] == match[2] == "channel":
             return None
-        n, m = int(match[1]), int(match[2])
-        if n < 1 or m < 1:
+        n, m = (None if each == "channel" else int(each) for each in match.groups())
+        if n == 0 or m == 0:
             raise ValueError(f"a block needs at least one row and one column, got {text!r}; use for example '4x1'")
         return cls(n, m)
 
@@ -171,7 +167,7 @@ class Block(Pattern):
         """``(1, N, 1, M)``, clipped to the weight; a channel spans K and the other channel axis."""
         _, O, K, I = shape  # noqa: E741
         if self.out_channels is None or self.in_channels is None:
-            return 1, self.out_channels or O, K, self.in_channels or I
+            return 1, min(self.out_channels or O, O), K, min(self.in_channels or I, I)
         return 1, min(self.out_channels, O), 1, min(self.in_channels, I)
 
     def fold(self, score: Tensor, region: Region, reduce: Reduce) -> Tensor:

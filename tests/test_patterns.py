@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 
 from pruning_core.patterns import PATTERNS, Block, NinM, Region, parse_pattern
 
-EXAMPLES = [text for name in PATTERNS for text in PATTERNS[name].examples]
+EXAMPLES = [*(text for name in PATTERNS for text in PATTERNS[name].examples), "2xchannel", "channelx2"]
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 4), st.integers(1, 9))
 
 
 def unit_of(text, index):
     """The unit grid index of one weight, from the definition of the pattern."""
     g, o, k, i = index
-    if text == "1xchannel":
-        return g, o, 0, 0
-    if text == "channelx1":
-        return g, 0, 0, i
+    if text.endswith("xchannel"):
+        return g, o // int(text.split("x")[0]), 0, 0
+    if text.startswith("channelx"):
+        return g, 0, 0, i // int(text.split("x")[1])
     if ":" in text:
         return g, o, k, i // int(text.split(":")[1])
     n, m = map(int, text.split("x"))
@@ -126,6 +126,8 @@ def test_n_of_m_breaks_ties_by_index():
         ("tile_pattern_1x1", Block(1, 1)),
         ("ic_pattern_2:4", NinM(2, 4)),
         ("1xchannel", Block(1, None)),
+        ("32xchannel", Block(32, None)),
+        ("channelx64", Block(None, 64)),
         ("channelx1", Block(None, 1)),
         ("7x13", Block(7, 13)),
     ],
@@ -143,6 +145,7 @@ def test_parse(text, pattern):
         ("4:2", "needs 0 < N < M, got '4:2'"),
         ("0:4", "needs 0 < N < M, got '0:4'"),
         ("channelxchannel", "unknown pattern"),
+        ("0xchannel", "at least one row and one column"),
     ],
 )
 def test_malformed_patterns(text, message):

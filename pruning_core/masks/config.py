@@ -6,9 +6,12 @@ the caller's dicts are never changed.
 
 from __future__ import annotations
 
+import difflib
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 from pruning_core.masks.options import PrunerOptions
 from pruning_core.masks.yaml_file import read_mapping
@@ -62,26 +65,32 @@ class WeightPruningConfig:
     ['2:4', '4x1']
     """
 
+    written_for_neural_compressor: ClassVar[bool] = False
+    """Whether to read options as Neural Compressor does: N of N:M are pruned, and an unknown option is a warning."""
+
     def __init__(self, pruning_configs: Any = None, **options: Any) -> None:
-        if isinstance(pruning_configs, WeightPruningConfig):
-            given = [_Given((f"pruning_configs[{i}].", p)) for i, p in enumerate(pruning_configs._explicit)]
-        else:
-            given = _read(pruning_configs)
+        given = _read(pruning_configs)
         for each in given:
-            each.layers.insert(-1, ("", options))
+            each.layers.insert(-1, _Layer("", options))
+            each.counts_zeros |= self.written_for_neural_compressor
+            each.lenient = self.written_for_neural_compressor
         self._settle(given)
 
     def _settle(self, given: list[_Given]) -> None:
         self.pruners = tuple(each.validated() for each in given)
+        self._count_zeros = tuple(each.counts_zeros for each in given)
         self._explicit: tuple[dict[str, Any], ...] = tuple(
             pruner.model_dump(include=set(each.spelled)) for pruner, each in zip(self.pruners, given, strict=True)
         )
 
     def updated(self, **options: Any) -> WeightPruningConfig:
         """A copy with some options changed for every pruner, checked again as a whole."""
-        update = ("update_items_for_all_pruners.", options)
-        changed = WeightPruningConfig()
-        changed._settle([_Given((f"pruning_configs[{i}].", old), update) for i, old in enumerate(self._explicit)])
+        given = _read(self)
+        for each in given:
+            each.layers.append(_Layer("update_items_for_all_pruners.", options))
+            each.lenient = self.written_for_neural_compressor
+        changed = type(self)()
+        changed._settle(given)
         return changed
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,26 +106,55 @@ class WeightPruningConfig:
         return f"WeightPruningConfig({list(self._explicit)!r})"
 
 
-class _Given:
-    """What the user wrote for one pruner: layers of options, each with its prefix in error messages.
+class _Layer(NamedTuple):
+    """Options with their prefix in error messages; ``settled``: of a configuration that was read before."""
 
-    A later layer wins over an earlier one. ``spelled`` says where each option was given, and under which name.
+    where: str
+    options: Mapping[str, Any]
+    settled: bool = False
+
+
+class _Given:
+    """What the user wrote for one pruner, in layers: a later one wins over an earlier one.
+
+    ``spelled`` says where each option was given, and under which name. ``counts_zeros``: N of N:M are pruned.
+    ``lenient``: an unknown option is a warning.
     """
 
-    def __init__(self, *layers: tuple[str, Mapping[str, Any]]) -> None:
-        self.layers = list(layers)
+    def __init__(self, *layers: _Layer, counts_zeros: bool = False) -> None:
+        self.layers, self.counts_zeros, self.lenient = list(layers), counts_zeros, False
         self.spelled: dict[str, str] = {}
 
     @property
     def where(self) -> str:
-        return self.layers[-1][0]
+        return self.layers[-1].where
 
     def merged(self) -> dict[str, Any]:
         """Native option names -> values."""
+        self.counts_zeros |= any(key in ALIASES for layer in self.layers for key in layer.options)
         options: dict[str, Any] = {}
-        for where, layer in self.layers:
-            options.update(self._native(where, layer))
+        for layer in self.layers:
+            native = self._native(layer.where, layer.options)
+            if "pattern" in native and not layer.settled:
+                native["pattern"] = self._pattern(native["pattern"])
+            options.update(native)
         return options
+
+    def _pattern(self, value: Any) -> Any:
+        """``N:M`` with N kept. Neural Compressor's N are pruned: decided by the spelling of the configuration."""
+        match = re.fullmatch(r"(\w*pattern_)?(\d+):(\d+)", value) if isinstance(value, str) else None
+        self.counts_zeros |= bool(match and match[1])
+        if match is None or not self.counts_zeros:
+            return value
+        pruned, of = int(match[2]), int(match[3])
+        if not 0 < pruned < of or 2 * pruned == of:
+            return value
+        warnings.warn(
+            f"{self.spelled['pattern']}: read as Neural Compressor reads it, N of N:M weights are pruned, got "
+            f"{shown(value)}; here N are kept, write {of - pruned}:{of} (docs/coming-from-neural-compressor.md)",
+            stacklevel=2,
+        )
+        return f"{of - pruned}:{of}"
 
     def _native(self, where: str, options: Mapping[str, Any]) -> dict[str, Any]:
         native: dict[str, Any] = {}
@@ -136,6 +174,9 @@ class _Given:
             if name in seen:
                 raise ValueError(f"{spelled}: is the same option as {seen[name]}, got both; keep one")
             if name not in PrunerOptions.model_fields:
+                if self.lenient and not difflib.get_close_matches(key, [*PrunerOptions.model_fields, *ALIASES], n=1):
+                    warnings.warn(f"{spelled}: unknown option, got {shown(value)}; it is ignored", stacklevel=2)
+                    continue
                 hint = did_you_mean(key, PrunerOptions.model_fields)
                 raise ValueError(f"{spelled}: unknown option, got {shown(value)}; {hint}")
             seen[name] = key
@@ -158,11 +199,14 @@ class _Given:
 def _read(source: Any) -> list[_Given]:
     """Any accepted source -> one ``_Given`` per pruner."""
     if source is None:
-        return [_Given(("", {}))]
+        return [_Given(_Layer("", {}))]
+    if isinstance(source, WeightPruningConfig):
+        layers = [_Layer(f"pruning_configs[{i}].", each, settled=True) for i, each in enumerate(source._explicit)]
+        return [_Given(each, counts_zeros=n) for each, n in zip(layers, source._count_zeros, strict=True)]
     if isinstance(source, str | Path):
         return _from_mapping(read_mapping(source))
     if isinstance(source, PrunerOptions):
-        return [_Given(("", source.model_dump(exclude_unset=True)))]
+        return [_Given(_Layer("", source.model_dump(exclude_unset=True), settled=True))]
     if isinstance(source, Mapping):
         return _from_mapping(source)
     if isinstance(source, Sequence) and not isinstance(source, bytes | bytearray):
@@ -178,7 +222,7 @@ def _from_mapping(source: Mapping[str, Any]) -> list[_Given]:
     if "pruning_configs" in source:
         top = {key: value for key, value in source.items() if key != "pruning_configs"}
         return _from_list("", top, "pruning_configs", source["pruning_configs"])
-    return [_Given(("", source))]
+    return [_Given(_Layer("", source))]
 
 
 def _from_neural_compressor(source: Mapping[str, Any]) -> list[_Given]:
@@ -197,9 +241,12 @@ def _from_neural_compressor(source: Mapping[str, Any]) -> list[_Given]:
                 f"{where[:-1]}: must be a mapping of options, got {shown(section)}; see docs/configuration.md"
             )
     top = {key: value for key, value in section.items() if key != "pruners"}
-    if "pruners" not in section:
-        return [_Given((where, top))]
-    return _from_list(where, top, f"{where}pruners", section["pruners"])
+    given = [_Given(_Layer(where, top))]
+    if "pruners" in section:
+        given = _from_list(where, top, f"{where}pruners", section["pruners"])
+    for each in given:
+        each.counts_zeros = True
+    return given
 
 
 def _only(section: Mapping[str, Any], where: str, known: Sequence[str]) -> None:
@@ -215,11 +262,12 @@ def _from_list(top_where: str, top: Mapping[str, Any], where: str, pruners: Any)
         )
     given = []
     for i, local in enumerate(pruners):
+        settled = isinstance(local, PrunerOptions)
         if isinstance(local, PrunerOptions):
             local = local.model_dump(exclude_unset=True)
         if not isinstance(local, Mapping):
             raise ValueError(f"{where}[{i}]: must be a dict of options, got {shown(local)}")
-        given.append(_Given((top_where, top), (f"{where}[{i}].", local)))
+        given.append(_Given(_Layer(top_where, top), _Layer(f"{where}[{i}].", local, settled)))
     return given
 
 

@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 from collections import OrderedDict
 from fractions import Fraction
 from pathlib import Path
@@ -489,7 +490,7 @@ PAIRS = [
         "target_sparsity: pattern 2:4 allows at most 0.5, got 0.8; lower it or change the pattern",
     ),
     (
-        {"pattern": "oc_pattern_3:4", "target_sparsity": 0.3},
+        {"pattern": "3:4", "target_sparsity": 0.3},
         "target_sparsity: pattern 3:4 allows at most 0.25, got 0.3; lower it or change the pattern",
     ),
     (
@@ -634,9 +635,49 @@ def test_exclusions_add_up():
 )
 def test_an_n_in_m_pattern_has_its_own_target(pattern, target):
     assert only(pattern=pattern).target_sparsity == target
-    assert only(pattern=f"oc_pattern_{pattern}").target_sparsity == target
     assert only([{"pattern": pattern}], target_sparsity=0.1).target_sparsity == 0.1
     assert only([{}], pattern=pattern).target_sparsity == target
+
+
+READ_THE_OTHER_WAY = r"read as Neural Compressor reads it, N of N:M weights are pruned, got '\w*1:4'; .* write 3:4"
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"pattern": "tile_pattern_1:4"},
+        {"pattern": "1:4", "prune_type": "magnitude"},
+        {"pruning_configs": [{"pattern": "1:4"}], "prune_domain": "local"},
+        {"pruning": {"approach": {"weight_compression_pytorch": {"pruners": [{"pattern": "1:4"}]}}}},
+        {"pruning": {"approach": {"weight_compression_v2": {"pattern": "oc_pattern_1:4"}}}},
+    ],
+    ids=["prefix", "option", "global option", "file", "file, global"],
+)
+def test_n_of_n_in_m_are_pruned_in_neural_compressors_spelling(spelling):
+    with pytest.warns(UserWarning, match=READ_THE_OTHER_WAY):
+        config = WeightPruningConfig(spelling)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        again = WeightPruningConfig(config).updated(end_step=5)
+        assert only(WeightPruningConfig(**again.to_dict())).pattern == "3:4"
+    assert only(again).pattern == only(config).pattern == "3:4"
+    assert only(config).target_sparsity == 0.25
+    with pytest.warns(UserWarning, match=r"update_items_for_all_pruners\.pattern: .* write 3:8"):
+        assert only(config.updated(pattern="5:8")).pattern == "3:8"
+
+
+def test_n_of_n_in_m_are_kept_in_this_packages_spelling():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert only(pattern="1:4").target_sparsity == 0.75
+        assert only({"prune_type": "magnitude", "pattern": "tile_pattern_2:4"}).pattern == "2:4"
+        assert only({"prune_type": "magnitude", "pattern": "tile_pattern_4x1"}).pattern == "4x1"
+
+
+@pytest.mark.parametrize("pattern", ["0:4", "4:4", "5:4"])
+def test_n_in_m_that_prunes_nothing_or_all(pattern):
+    with pytest.raises(ValueError, match="N:M keeps N of M weights and needs 0 < N < M"):
+        WeightPruningConfig({"prune_type": "magnitude", "pattern": pattern})
 
 
 def test_the_target_follows_the_pattern_until_it_is_given():

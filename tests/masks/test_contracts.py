@@ -172,13 +172,11 @@ def reference_masks(model, pattern_text, target, scope):
                 at = {"g": g, "o": o, "k": k, "i": i}
                 if isinstance(pattern, NinM):
                     at["i"] //= pattern.of
-                elif pattern.out_channels is None:
-                    at["o"] = at["k"] = 0
-                elif pattern.in_channels is None:
-                    at["i"] = at["k"] = 0
                 else:
-                    at["o"] //= pattern.out_channels
-                    at["i"] //= pattern.in_channels
+                    if None in (pattern.out_channels, pattern.in_channels):
+                        at["k"] = 0
+                    at["o"] //= pattern.out_channels or O
+                    at["i"] //= pattern.in_channels or I
                 members.setdefault(tuple(at[axis] for axis in order), []).append((g, o, k, i))
             for unit, indices in sorted(members.items()):
                 if isinstance(pattern, NinM):
@@ -209,7 +207,7 @@ def _targets(layer, module):
 
 
 @pytest.mark.parametrize("scope", ["global", "local"])
-@pytest.mark.parametrize("pattern", PATTERN_TEXTS)
+@pytest.mark.parametrize("pattern", [*PATTERN_TEXTS, "2xchannel", "channelx2"])
 @settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 1000), target=st.floats(0.05, 0.6))
 def test_masks_equal_those_of_index_loops(pattern, scope, seed, target):
