@@ -43,6 +43,8 @@ DROPPED = {
     "backend": "PyTorch is the only one; remove it",
     "initial_sparsity": "every schedule begins at 0; remove it",
     "progressive": "write pruning_type: snip_momentum_progressive instead",
+    "start_epoch": "steps are counted, not epochs; write start_step",
+    "end_epoch": "steps are counted, not epochs; write end_step",
 }
 """Neural Compressor's options that have no counterpart, and what to do."""
 
@@ -72,13 +74,13 @@ class WeightPruningConfig:
         given = _read(pruning_configs)
         for each in given:
             each.layers.insert(-1, _Layer("", options))
-            each.counts_zeros |= self.written_for_neural_compressor
+            each.foreign |= self.written_for_neural_compressor
             each.lenient = self.written_for_neural_compressor
         self._settle(given)
 
     def _settle(self, given: list[_Given]) -> None:
         self.pruners = tuple(each.validated() for each in given)
-        self._count_zeros = tuple(each.counts_zeros for each in given)
+        self._foreign = tuple(each.foreign for each in given)
         self._explicit: tuple[dict[str, Any], ...] = tuple(
             pruner.model_dump(include=set(each.spelled)) for pruner, each in zip(self.pruners, given, strict=True)
         )
@@ -117,12 +119,12 @@ class _Layer(NamedTuple):
 class _Given:
     """What the user wrote for one pruner, in layers: a later one wins over an earlier one.
 
-    ``spelled`` says where each option was given, and under which name. ``counts_zeros``: N of N:M are pruned.
-    ``lenient``: an unknown option is a warning.
+    ``spelled`` says where each option was given, and under which name. ``foreign``: in Neural Compressor's spelling, so
+    N of N:M are pruned, and a group lasso that does nothing is a warning. ``lenient``: so is an unknown option.
     """
 
-    def __init__(self, *layers: _Layer, counts_zeros: bool = False) -> None:
-        self.layers, self.counts_zeros, self.lenient = list(layers), counts_zeros, False
+    def __init__(self, *layers: _Layer, foreign: bool = False) -> None:
+        self.layers, self.foreign, self.lenient = list(layers), foreign, False
         self.spelled: dict[str, str] = {}
 
     @property
@@ -131,7 +133,7 @@ class _Given:
 
     def merged(self) -> dict[str, Any]:
         """Native option names -> values."""
-        self.counts_zeros |= any(key in ALIASES for layer in self.layers for key in layer.options)
+        self.foreign |= any(key in ALIASES or key == "parameters" for layer in self.layers for key in layer.options)
         options: dict[str, Any] = {}
         for layer in self.layers:
             native = self._native(layer.where, layer.options)
@@ -143,8 +145,8 @@ class _Given:
     def _pattern(self, value: Any) -> Any:
         """``N:M`` with N kept. Neural Compressor's N are pruned: decided by the spelling of the configuration."""
         match = re.fullmatch(r"(\w*pattern_)?(\d+):(\d+)", value) if isinstance(value, str) else None
-        self.counts_zeros |= bool(match and match[1])
-        if match is None or not self.counts_zeros:
+        self.foreign |= bool(match and match[1])
+        if match is None or not self.foreign:
             return value
         pruned, of = int(match[2]), int(match[3])
         if not 0 < pruned < of or 2 * pruned == of:
@@ -193,6 +195,12 @@ class _Given:
                 highest = 1.0  # the validator below reports the pattern
             if highest < 1:
                 options["target_sparsity"] = highest
+        lasso = {name: options[name] for name in ("reg_type", "reg_coeff") if options.get(name)}
+        if self.foreign and len(lasso) == 1:
+            ((name, value),) = lasso.items()
+            needs = "reg_coeff above 0" if name == "reg_type" else "reg_type: group_lasso"
+            warnings.warn(f"{self.spelled[name]}: does nothing, got {shown(value)}; it needs {needs} too", stacklevel=2)
+            del options[name]
         return PrunerOptions.read(options, lambda name: self.spelled.get(name, self.where + name))
 
 
@@ -202,7 +210,7 @@ def _read(source: Any) -> list[_Given]:
         return [_Given(_Layer("", {}))]
     if isinstance(source, WeightPruningConfig):
         layers = [_Layer(f"pruning_configs[{i}].", each, settled=True) for i, each in enumerate(source._explicit)]
-        return [_Given(each, counts_zeros=n) for each, n in zip(layers, source._count_zeros, strict=True)]
+        return [_Given(each, foreign=n) for each, n in zip(layers, source._foreign, strict=True)]
     if isinstance(source, str | Path):
         return _from_mapping(read_mapping(source))
     if isinstance(source, PrunerOptions):
@@ -245,7 +253,7 @@ def _from_neural_compressor(source: Mapping[str, Any]) -> list[_Given]:
     if "pruners" in section:
         given = _from_list(where, top, f"{where}pruners", section["pruners"])
     for each in given:
-        each.counts_zeros = True
+        each.foreign = True
     return given
 
 

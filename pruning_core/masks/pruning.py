@@ -83,10 +83,12 @@ class Pruning:
     # ---- set-up -------------------------------------------------------------------------------------------------
 
     def update_items_for_all_pruners(self, **options: Any) -> None:
-        """Changes options of every pruner, checked like the rest; RuntimeError once training has begun."""
-        if self._began:
+        """Changes options of every pruner, checked like the rest; RuntimeError once training is under way."""
+        if self._began and (self._hooks or self.step or any(group.updated_at >= 0 for group in self._groups)):
             raise RuntimeError("update_items_for_all_pruners: training has begun; call it before on_train_begin")
         self.config = self.config.updated(**options)
+        if self._began:
+            self._begin([], None)
 
     def on_train_begin(self, *, total_steps: int | None = None) -> None:
         """Selects the layers and builds their masks; warns when ``total_steps`` is too short for ``end_step``."""
