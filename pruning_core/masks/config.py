@@ -195,13 +195,19 @@ class _Given:
                 highest = 1.0  # the validator below reports the pattern
             if highest < 1:
                 options["target_sparsity"] = highest
-        lasso = {name: options[name] for name in ("reg_type", "reg_coeff") if options.get(name)}
-        if self.foreign and len(lasso) == 1:
-            ((name, value),) = lasso.items()
-            needs = "reg_coeff above 0" if name == "reg_type" else "reg_type: group_lasso"
-            warnings.warn(f"{self.spelled[name]}: does nothing, got {shown(value)}; it needs {needs} too", stacklevel=2)
-            del options[name]
+        if self.foreign:
+            self._drop_half_a_lasso(options)
         return PrunerOptions.read(options, lambda name: self.spelled.get(name, self.where + name))
+
+    def _drop_half_a_lasso(self, options: dict[str, Any]) -> None:
+        """A type without a strength, or a strength without a type, does nothing there: a warning, no error."""
+        kind, strength = options.get("reg_type"), options.get("reg_coeff", 0.0)
+        if not isinstance(strength, int | float) or (kind is None) == (strength == 0):
+            return
+        name, needs = ("reg_type", "reg_coeff above 0") if strength == 0 else ("reg_coeff", "reg_type: group_lasso")
+        warnings.warn(
+            f"{self.spelled[name]}: does nothing, got {shown(options.pop(name))}; it needs {needs} too", stacklevel=2
+        )
 
 
 def _read(source: Any) -> list[_Given]:

@@ -267,7 +267,11 @@ def test_an_error_speaks_of_the_spelling_that_was_used():
 
 
 @pytest.mark.parametrize(
-    "option", ["low_memory_usage", "resume_from_pruned_checkpoint", "backend", "progressive", "initial_sparsity"]
+    "option",
+    [
+        *("low_memory_usage", "resume_from_pruned_checkpoint", "backend", "progressive", "initial_sparsity"),
+        *("start_epoch", "end_epoch"),
+    ],
 )
 def test_dropped_option(option):
     expected = f"pruning_configs[0].{option}: has no meaning here, got True; {DROPPED[option]}"

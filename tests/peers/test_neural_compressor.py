@@ -655,12 +655,12 @@ def test_model_slim_keeps_a_zero_channel_that_a_norm_looks_at():
 
 def test_auto_slim_finds_nothing():
     with pytest.raises(
-        ValueError, match="mha_sparsity: ResNet has no attention with removable heads, got 0.5; set it to 0"
+        ValueError, match=r"mha_sparsity: ResNet has no attention with removable heads, got 0\.5; set it to 0"
     ):
         parse_auto_slim_config(ResNet(), [torch.randn(2, 3, 8, 8)], mha_sparsity=0.5)
     with pytest.raises(ValueError, match="ffn2_sparsity: ResNet has no two consecutive linear layers"):
         parse_auto_slim_config(ResNet(), [torch.randn(2, 3, 8, 8)], ffn2_sparsity=0.5)
-    with pytest.raises(ValueError, match="ffn2_sparsity: must be at least 0 and below 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"ffn2_sparsity: must be at least 0 and below 1, got 1\.5"):
         parse_auto_slim_config(ResNet(), [torch.randn(2, 3, 8, 8)], ffn2_sparsity=1.5)
     with pytest.raises(ValueError, match="dataloader: has no batch"):
         parse_auto_slim_config(ResNet(), [], ffn2_sparsity=0.5)
