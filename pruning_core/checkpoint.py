@@ -2,11 +2,13 @@
 
 ``save`` writes tensors and plain data to a temporary file beside the target, flushes it to the disk and renames it:
 at every moment the path holds the complete old file or the complete new one. ``load`` is
-``torch.load(weights_only=True)``, with no class allowed but those of sharded tensors.
+``torch.load(weights_only=True)``, with no class allowed but those of sharded tensors, numpy's numbers and parsed
+arguments.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import glob
 import os
@@ -31,6 +33,17 @@ LEFTOVER_SECONDS = 3600
 METHOD = "pruning_core"
 """The ``quant_method`` that marks a packed or slim model in its transformers config."""
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
+_SCALAR = np.float64(0).__reduce__()[0]  # numpy does not export the function that makes its scalars
+_NUMBERS = [type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "FD?"]
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    *dict.fromkeys(_NUMBERS),
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+]
+"""What training scripts put beside weights; making one of these runs no code of the file."""
 
 
 class CheckpointError(ValueError):
@@ -167,7 +180,7 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        with readable(path), _only_sharded_tensors(), warnings.catch_warnings():
+        with readable(path), _only_harmless(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location=map_location, weights_only=True)
     except CheckpointError:
@@ -183,8 +196,8 @@ _ALLOWING = threading.Lock()
 
 
 @contextlib.contextmanager
-def _only_sharded_tensors() -> Iterator[None]:
-    """Disallows, inside the ``with`` block, the classes that other packages allow ``torch.load`` to build.
+def _only_harmless() -> Iterator[None]:
+    """Allows sharded tensors and ``_HARMLESS``, and nothing that other packages allow, inside the ``with`` block.
 
     The list is one per process. ultralytics adds the classes of every file that it loads: after it, a pickled module
     would load here too, in the zip format only.
@@ -192,10 +205,11 @@ def _only_sharded_tensors() -> Iterator[None]:
     with _ALLOWING:
         allowed = torch.serialization.get_safe_globals()
         torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals([each for each in allowed if _of_sharded_tensors(each)])
+        torch.serialization.add_safe_globals([*_HARMLESS, *(each for each in allowed if _of_sharded_tensors(each))])
         try:
             yield
         finally:
+            torch.serialization.clear_safe_globals()
             torch.serialization.add_safe_globals(allowed)
 
 

@@ -1,5 +1,9 @@
 """A cut model, saved and loaded."""
 
+import argparse
+import os
+
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -76,6 +80,50 @@ def test_beside_other_things_in_a_checkpoint(tmp_path):
     loaded = ckpt_helper.load_model_def(Net(), path).eval()
     loaded.load_state_dict(checkpoint.load(path)["state_dict"])
     assert torch.equal(loaded(IMAGE), model(IMAGE))
+
+
+OTHERS = {
+    "best": np.float64(0.75),
+    "epoch": np.int64(3),
+    "seen": np.bool_(True),
+    "half": np.float16(0.5),
+    "history": [np.float32(0.5), 0.25],
+    "opt": argparse.Namespace(weights="a.pt", lr=np.float64(0.1), nested=argparse.Namespace(a=[1])),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "old format"])
+def test_beside_numbers_of_numpy_and_parsed_arguments(tmp_path, name, old):
+    """What training scripts put beside the weights with a bare ``torch.save``."""
+    model, path = slim(), tmp_path / "checkpoint.pt"
+    saved = {name: OTHERS[name], "model_def": ckpt_helper.save_model_def(model), "state_dict": model.state_dict()}
+    torch.save(saved, path, _use_new_zipfile_serialization=not old)
+    loaded = ckpt_helper.load_model_def(Net(), path).eval()
+    state = checkpoint.load(path)
+    loaded.load_state_dict(state["state_dict"])
+    assert torch.equal(loaded(IMAGE), model(IMAGE))
+    assert state[name] == OTHERS[name] and type(state[name]) is type(OTHERS[name])
+
+
+def test_numbers_under_the_names_of_numpy_1(tmp_path):
+    """numpy 1 pickles its scalars as ``numpy.core.multiarray.scalar``."""
+    model, path = slim(), tmp_path / "checkpoint.pt"
+    saved = {"best": np.float64(0.75), "model_def": ckpt_helper.save_model_def(model)}
+    torch.save(saved, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    assert data.count(b"numpy._core.multiarray") == 1
+    path.write_bytes(data.replace(b"cnumpy._core.multiarray", b"cnumpy.core.multiarray"))
+    ckpt_helper.load_model_def(Net(), path)
+    assert checkpoint.load(path)["best"] == 0.75
+
+
+def test_objects_beside_it_are_still_refused(tmp_path):
+    class_of_arrays, function = np.array([nn.Linear(2, 2)], dtype=object)[0], os.getcwd
+    for evil in (class_of_arrays, argparse.Namespace(model=nn.Linear(2, 2)), {"f": function}):
+        torch.save({"model_def": None, "evil": evil}, tmp_path / "evil.pt")
+        with pytest.raises(CheckpointError, match=r"holds an object, \S+, and was not loaded; save state dicts"):
+            ckpt_helper.load_model_def(Net(), tmp_path / "evil.pt")
 
 
 def test_padded_back_to_dense():
