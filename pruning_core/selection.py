@@ -6,8 +6,13 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.optim.swa_utils import AveragedModel
 
 from pruning_core.registry import did_you_mean
@@ -15,8 +20,13 @@ from pruning_core.registry import did_you_mean
 FAMILIES = ("Conv", "Linear")
 CLASSES = (
     *("Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"),
-    *("Conv1D", "MultiheadAttention", "NonDynamicallyQuantizableLinear"),
+    *("Conv1D", "MultiheadAttention", "NonDynamicallyQuantizableLinear", "LSTM", "GRU", "RNN"),
 )
+SCRIPTED = "it is TorchScript; prune the model that it was made from, then script"
+COMPUTED = "its weight is computed by a parametrization"
+NO_PARAMETER = "its weight is not a parameter"
+NORMS = ("WeightNorm", "SpectralNorm", "_WeightNorm", "_SpectralNorm")
+"""Of ``torch.nn.utils``: a zero in the tensor that they normalize is a zero in the weight."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Target:
-    """One weight that takes part: parameter ``attribute`` of the layer that ``named_modules()`` calls ``layer``."""
+    """One weight that takes part: parameter ``attribute`` of the layer that ``named_modules()`` calls ``layer``.
+
+    Where a norm of ``torch.nn.utils`` or ``prune`` computes the weight, this is the parameter that it is made from:
+    ``weight_v``, ``weight_orig``, ``parametrizations.weight.original``.
+    """
 
     layer: str
     attribute: str
@@ -74,7 +88,15 @@ class Target:
     @property
     def parameter(self) -> Tensor:
         """The parameter, read from the module at each access."""
-        return getattr(self.module, self.attribute)
+        found: Any = reduce(getattr, self.attribute.split("."), self.module)
+        return found
+
+    @property
+    def pruned(self) -> Tensor | None:
+        """The mask of ``torch.nn.utils.prune`` on this weight, if there is one."""
+        if not self.attribute.endswith("_orig"):
+            return None
+        return getattr(self.module, self.attribute.removesuffix("_orig") + "_mask", None)
 
 
 @dataclass(frozen=True)
@@ -92,13 +114,18 @@ def is_transformers_conv1d(module: nn.Module) -> bool:
 
 
 def kind_of(module: nn.Module) -> str:
-    """The name of the module's class; the ``FSDPModule`` class that ``fully_shard`` puts before it is skipped."""
-    first, *others = (each.__name__ for each in type(module).__mro__)
+    """The name of the module's class, without what ``fully_shard``, ``parametrize`` and ``torch.jit`` make of it."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return getattr(module, "original_name", type(module).__name__)
+    first, *others = (each.__name__ for each in type_before_parametrizations(module).__mro__)
     return others[1] if others[0] == "FSDPModule" else first
 
 
 def family(module: nn.Module) -> str | None:
-    """ "Conv" or "Linear"; None for a module without prunable weights."""
+    """ "Conv" or "Linear"; None for a module of neither, such as an LSTM, which is named by its class."""
+    if isinstance(module, torch.jit.ScriptModule):
+        kind = kind_of(module)
+        return next((name for name in FAMILIES if kind in CLASSES and kind.startswith(name)), None)
     if isinstance(module, nn.modules.conv._ConvNd):
         return "Conv"
     if isinstance(module, nn.Linear | nn.MultiheadAttention) or is_transformers_conv1d(module):
@@ -118,28 +145,56 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def targets_of(layer: str, module: nn.Module) -> list[Target]:
-    """The weights of one layer: one, or three for an attention with separate query, key and value projections."""
+    """The weights of one layer: one; or three of an attention with separate projections; or all of a recurrent one."""
     if isinstance(module, nn.MultiheadAttention):
-        if module.in_proj_weight is not None:  # query, key and value stacked: no block spans two of them
-            return [Target(layer, "in_proj_weight", module, Layout(groups=3))]
-        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        return [Target(layer, name, module, Layout()) for name in names]
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return [Target(layer, "weight", module, Layout(module.groups, in_first=module.transposed))]
-    return [Target(layer, "weight", module, Layout(in_first=is_transformers_conv1d(module)))]
+        names = ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+        layouts = dict.fromkeys(names, Layout())
+        if module._qkv_same_embed_dim:  # query, key and value stacked: no block spans two of them
+            layouts = {"in_proj_weight": Layout(groups=3)}
+    elif isinstance(module, nn.RNNBase):
+        gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+        names = [name for each in module._all_weights for name in each if name.startswith("weight")]
+        layouts = {name: Layout(1 if name.startswith("weight_hr") else gates) for name in names}
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        layouts = {"weight": Layout(module.groups, in_first=module.transposed)}
+    else:
+        layouts = {"weight": Layout(in_first=is_transformers_conv1d(module))}
+    return [Target(layer, _made_from(module, name), module, layout) for name, layout in layouts.items()]
+
+
+def _made_from(module: nn.Module, attribute: str) -> str:
+    """The parameter in which a zero is a zero of this weight: mostly itself, or what a norm or ``prune`` keeps."""
+    parametrizations = getattr(module, "parametrizations", {})
+    if attribute in parametrizations and all(_is_norm(each) for each in parametrizations[attribute]):
+        found = f"parametrizations.{attribute}.original"
+        return found if hasattr(parametrizations[attribute], "original") else f"{found}1"
+    hooks: list[Any] = list(module._forward_pre_hooks.values())
+    for hook in hooks:
+        if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == attribute:
+            return _made_from(module, f"{attribute}_orig")
+        if _is_norm(hook) and hook.name == attribute:
+            return _made_from(module, f"{attribute}_v" if type(hook).__name__ == "WeightNorm" else f"{attribute}_orig")
+    return attribute
+
+
+def _is_norm(each: object) -> bool:
+    return type(each).__name__ in NORMS and type(each).__module__.startswith("torch.nn.utils.")
 
 
 def unfit(target: Target) -> str | None:
     """Why a weight cannot be masked in place, or None."""
-    parametrizations = getattr(target.module, "parametrizations", {})
-    if target.attribute in parametrizations:
-        return "its weight is computed by a parametrization"
-    if target.attribute not in target.module._parameters:
-        return "its weight is not a parameter (recomputed by weight_norm, spectral_norm or prune.*?)"
+    if isinstance(target.module, torch.jit.ScriptModule):
+        return SCRIPTED
+    if target.attribute in getattr(target.module, "parametrizations", {}):
+        return COMPUTED
+    if "." not in target.attribute and target.attribute not in target.module._parameters:
+        return NO_PARAMETER
     if nn.parameter.is_lazy(target.parameter):
         return "its weight has no shape yet; run one forward pass first"
     if not target.parameter.is_floating_point():
         return f"its weight is {target.parameter.dtype}, not floating point"
+    if not target.parameter.numel():
+        return f"its weight is empty, {tuple(target.parameter.shape)}"
     return None
 
 
@@ -184,7 +239,8 @@ class Selector:
         """(name, module) of each layer of a selected type, whatever its name."""
         for layer, module in model.named_modules():
             kind = family(module)
-            if kind is not None and (kind in self.op_types or kind_of(module) in self.op_types):
+            has_weights = kind is not None or isinstance(module, nn.RNNBase)
+            if kind in self.op_types or (has_weights and kind_of(module) in self.op_types):
                 yield layer, module
 
     def select(self, model: nn.Module) -> tuple[list[Target], list[Skipped]]:
@@ -210,6 +266,8 @@ class Selector:
         """Leaves a layer dense and appends the reason; ValueError where ``op_names`` names the layer explicitly."""
         if self.names_explicitly(target.layer):
             raise ValueError(f"{self.where}: {target.layer} cannot be pruned: {reason}; take it out of op_names")
+        if reason in (SCRIPTED, COMPUTED, NO_PARAMETER):  # nothing in the layer's type tells
+            warnings.warn(f"{self.where}: {target.layer} stays dense: {reason}", stacklevel=2)
         skipped.append(Skipped(target.layer, kind_of(target.module), reason))
 
     def names_explicitly(self, layer: str) -> bool:

@@ -518,19 +518,29 @@ def integer() -> nn.Module:
     return layer
 
 
-def hooked() -> nn.Module:
-    layer = nn.Linear(4, 4)
-    prune.random_unstructured(layer, "weight", amount=0.5)
-    return layer
+class Doubled(nn.Linear):
+    """Its weight is a tensor that the forward pass makes anew."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        raw = self.weight
+        del self.weight
+        self.raw = raw
+        self.weight = self.raw * 2
+
+
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.script is deprecated
+        return torch.jit.script(nn.Linear(4, 4))
 
 
 UNFIT = {
-    "parametrization": (
-        lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
-        "its weight is computed by a parametrization",
-    ),
     "orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(4, 4)), "its weight is computed by a parametrization"),
-    "prune": (hooked, "its weight is not a parameter (recomputed by weight_norm, spectral_norm or prune.*?)"),
+    "made anew": (Doubled, "its weight is not a parameter"),
+    "TorchScript": (scripted, "it is TorchScript; prune the model that it was made from, then script"),
+    "no rows": (lambda: nn.Linear(4, 0), "its weight is empty, (0, 4)"),
+    "no columns": (lambda: nn.Linear(0, 4), "its weight is empty, (4, 0)"),
     "lazy": (lambda: nn.LazyLinear(4), "its weight has no shape yet; run one forward pass first"),
     "lazy convolution": (lambda: nn.LazyConv2d(4, 1), "its weight has no shape yet; run one forward pass first"),
     "lazy transposed": (
@@ -542,6 +552,7 @@ UNFIT = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors", r"ignore:.* odd stays dense:UserWarning")
 @pytest.mark.parametrize("name", UNFIT)
 def test_a_layer_that_cannot_be_masked_stays_dense_and_is_listed(name):
     make, reason = UNFIT[name]
@@ -551,12 +562,106 @@ def test_a_layer_that_cannot_be_masked_stays_dense_and_is_listed(name):
     assert list(began(named(a=nn.Linear(4, 4), odd=make()), {"op_names": ["a", "od"]}).masks()) == ["a.weight"]
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("name", UNFIT)
 @pytest.mark.parametrize("asked", ["odd", "^odd", "odd$", "^odd$"])
 def test_a_layer_that_cannot_be_masked_is_an_error_where_it_is_named(name, asked):
     make, reason = UNFIT[name]
     text = problem(named(a=nn.Linear(4, 4), odd=make()), {"op_names": ["a", asked]})
     assert text == f"pruning_configs[0]: odd cannot be pruned: {reason}; take it out of op_names"
+
+
+@pytest.mark.parametrize("name", ["orthogonal", "made anew", "TorchScript"])
+def test_a_layer_that_looks_ordinary_and_stays_dense_is_warned_about(name):
+    expected = rf"^pruning_configs\[0\]: odd stays dense: {re.escape(UNFIT[name][1])}$"
+    with pytest.warns(UserWarning, match=expected):
+        began(named(a=nn.Linear(4, 4), odd=UNFIT[name][0]()))
+
+
+def l1(layer: nn.Module) -> nn.Module:
+    return prune.l1_unstructured(layer, "weight", amount=0.25)
+
+
+def old_norm(layer: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        return nn.utils.weight_norm(layer)
+
+
+MADE_FROM = {
+    "weight_norm of old": (old_norm, "odd.weight_v"),
+    "spectral_norm of old": (nn.utils.spectral_norm, "odd.weight_orig"),
+    "weight_norm": (parametrizations.weight_norm, "odd.parametrizations.weight.original1"),
+    "spectral_norm": (parametrizations.spectral_norm, "odd.parametrizations.weight.original"),
+    "prune": (l1, "odd.weight_orig"),
+    "prune twice": (lambda layer: l1(l1(layer)), "odd.weight_orig"),
+    "prune of what a norm keeps": (
+        lambda layer: prune.random_unstructured(old_norm(layer), "weight_v", amount=0.25),
+        "odd.weight_v_orig",
+    ),
+}
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(8, 6), lambda: nn.Conv2d(8, 6, 1)], ids=["Linear", "Conv2d"])
+@pytest.mark.parametrize("kind", ["magnitude", "snip_momentum"])
+@pytest.mark.parametrize("name", MADE_FROM)
+def test_what_a_weight_is_made_from_is_pruned(name, kind, make):
+    """Zeros of the tensor that is kept are zeros of the weight that the layer computes with, at every step."""
+    torch.manual_seed(0)
+    wrap, key = MADE_FROM[name]
+    model = named(a=make(), odd=wrap(make()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"pruning_type": kind, "pattern": "1x1", "target_sparsity": 0.6, "end_step": 4, "pruning_scope": "local"}
+    pruner = Pruning(options).attach(model, optimizer)
+    assert list(pruner.masks()) == ["a.weight", key]
+    data = torch.randn(3, 8, 1, 1) if isinstance(model.a, nn.Conv2d) else torch.randn(3, 8)
+    for _ in range(6):
+        optimizer.zero_grad()
+        (model.a(data).square().mean() + model.odd(data).square().mean()).backward()
+        optimizer.step()
+    model.odd(data)  # hooks compute the weight
+    assert int((model.odd.weight == 0).sum()) == round(0.6 * 48)
+    assert torch.equal(pruner.masks()[key], model.odd.weight != 0)
+    assert pruner.report().groups[0].layers[1].zeros == round(0.6 * 48)
+    assert pruner.report().dense == ()
+
+
+def test_masks_of_torch_prune_are_kept():
+    layer = l1(nn.Linear(8, 8))
+    before = layer.weight_mask == 0
+    pruner = began(named(a=layer), {"pattern": "1x1", "pruning_type": "magnitude", "target_sparsity": 0.5})
+    pruner.on_step_begin()
+    mask = pruner.masks()["a.weight_orig"]
+    assert not mask[before].any() and int((~mask).sum()) == 32
+    prune.remove(layer, "weight")
+    assert torch.equal(layer.weight != 0, mask)
+    locked = l1(nn.Linear(8, 8))
+    pruner = began(named(a=locked), {"pruning_type": "pattern_lock"})
+    assert torch.equal(pruner.masks()["a.weight_orig"], locked.weight_mask != 0)
+
+
+@pytest.mark.parametrize("kind, gates", [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
+def test_recurrent_layers_can_be_named_as_types(kind, gates):
+    options = {"num_layers": 2, "bidirectional": True, **({"proj_size": 3} if kind == "LSTM" else {})}
+    model = named(fc=nn.Linear(4, 4), memory=getattr(nn, kind)(4, 6, **options))
+    every = [name for name, _ in model.named_parameters() if "memory.weight" in name]
+    assert sorted(began(model, {"pruning_op_types": [kind]}).masks()) == sorted(every)
+    assert list(began(model).masks()) == ["fc.weight"]
+    pruner = began(model, {"pruning_op_types": [kind], "pattern": "4x1", "pruning_type": "magnitude"})
+    pruner.on_step_begin()
+    for name, mask in pruner.masks().items():  # 6 rows a gate: a unit of 4, one of 2; none spans two gates
+        if "weight_hr" not in name:
+            by_gate = mask.unflatten(0, (gates, 6))
+            for rows in (by_gate[:, :4], by_gate[:, 4:]):
+                assert bool((rows == rows[:, :1]).all())
+    assert model.memory(torch.randn(5, 2, 4))[0].isfinite().all()
+
+
+def test_a_recurrent_layer_of_views_of_one_bias():
+    memory = nn.LSTM(4, 6)
+    bias = torch.zeros(48)
+    memory.bias_ih_l0, memory.bias_hh_l0 = nn.Parameter(bias[:24]), nn.Parameter(bias[24:])
+    assert len(began(named(memory=memory), {"pruning_op_types": ["LSTM"]}).masks()) == 2
 
 
 def test_a_lazy_layer_after_its_first_pass():
@@ -568,7 +673,8 @@ def test_a_lazy_layer_after_its_first_pass():
 def test_only_the_parametrized_weight_of_an_attention_is_left_out():
     module = attention(kdim=4, vdim=4)
     nn.utils.parametrize.register_parametrization(module, "k_proj_weight", nn.Identity())
-    pruner = began(named(attn=module))
+    with pytest.warns(UserWarning, match=r"^pruning_configs\[0\]: attn stays dense: its weight is computed by"):
+        pruner = began(named(attn=module))
     assert list(pruner.masks()) == ["attn.q_proj_weight", "attn.v_proj_weight", "attn.out_proj.weight"]
     assert spared(pruner) == {"attn": "its weight is computed by a parametrization"}
 

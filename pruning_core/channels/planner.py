@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -152,6 +153,9 @@ class _Search:
         return found if self.kind == "latency" or self.room.round_to > 1 else self.given_back(found)
 
     def _frozen(self) -> str:
+        if not self.graph.groups:
+            why = Counter(reason for _, _, reason in self.graph.frozen() if reason != "is an output")
+            return f", for no channel can be removed: {why.most_common(1)[0][0]}" if why else ""
         found = [weights for group in self.graph.groups.values() if (weights := self.room.frozen(group))]
         first = ", ".join(sorted({name for each in found for name in each})[:3])
         do = "call requires_grad_(True), or name their layers in op_names"

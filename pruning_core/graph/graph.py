@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.utils import _pytree as pytree
 
 from pruning_core.graph.couple.groups import Coupling, Removed
@@ -70,6 +71,12 @@ class ChannelGraph(Coupling):
         own way. ``trial=False`` spares the copy and its passes, for a model that does not fit twice; then groups are
         listed that the code may not follow, and ``slim_`` finds out.
         """
+        scripted = next((name for name, each in model.named_modules() if isinstance(each, ScriptModule)), None)
+        if scripted is not None:
+            raise GraphError(
+                f"{scripted or 'model'}: is TorchScript, whose operations cannot be seen; give the Python module that "
+                "it was made from, and script it after the cut"
+            )
         labels, example = Labels(narrow_heads), as_inputs(example_inputs)
         stored = StoredTensors(labels, model)
         may = outputs_may_shrink

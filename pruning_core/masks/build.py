@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -42,11 +43,19 @@ def _build(where: str, options: PrunerOptions, model: nn.Module, taken: dict[int
             selector.skip(target, f"{reason} (pattern {options.pattern})", skipped)
         else:
             taken[id(target.parameter)] = f"{target.name} by {where}"
+            _keep_pruned_(target)
             weights.append(MaskedWeight(target, options))
     if not weights:
         reasons = "; ".join(f"{each.layer}: {each.reason}" for each in skipped[:3])
         raise ValueError(f"{where}: no layer is left to prune ({reasons}); change its op_names or exclusions")
     return KINDS[options.kind](where, options, weights, skipped)
+
+
+@torch.no_grad()
+def _keep_pruned_(target: Target) -> None:
+    """Weights that ``torch.nn.utils.prune`` has masked become zeros: they stay what they are, and go first."""
+    if target.pruned is not None:
+        target.parameter.mul_(target.pruned)
 
 
 def _frozen(where: str, options: PrunerOptions, selector: Selector, target: Target) -> str | None:

@@ -84,7 +84,8 @@ class Pruning:
 
     def update_items_for_all_pruners(self, **options: Any) -> None:
         """Changes options of every pruner, checked like the rest; RuntimeError once training is under way."""
-        if self._began and (self._hooks or self.step or any(group.updated_at >= 0 for group in self._groups)):
+        changed = any(group.updated_at >= 0 and group.options.kind != LOCK for group in self._groups)
+        if self._began and (self._hooks or self.step or changed):
             raise RuntimeError("update_items_for_all_pruners: training has begun; call it before on_train_begin")
         self.config = self.config.updated(**options)
         if self._began:

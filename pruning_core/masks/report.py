@@ -15,7 +15,7 @@ from pruning_core.masks.groups import MaskGroup
 from pruning_core.masks.options import LOCK, PrunerOptions
 from pruning_core.masks.sharding import local, shard_groups
 from pruning_core.report import Bars, Report, plain, text_table
-from pruning_core.selection import Skipped, Target, kind_of
+from pruning_core.selection import Skipped, Target, family, kind_of
 
 NO_GRADIENT = "no gradient came"
 COLUMNS = ("layer", "type", "shape", "pattern", "asked", "reached", "zeros", "why")
@@ -79,7 +79,8 @@ class SparsityReport(Report):
     """Sparsity per layer: ``print(report)``, ``to_dict``, ``save_json``, ``save_markdown``, ``plot``.
 
     ``groups``: one per pruner of the configuration. ``dense``: the weights that no pruner took, with the reason.
-    ``parameters`` and ``zeros`` count the whole model. ``step`` is None for a saved model without a pruner's state.
+    ``others``: the parameters of no selected type, by the class of their layer. ``parameters`` and ``zeros`` count the
+    whole model. ``step`` is None for a saved model without a pruner's state.
     """
 
     step: int | None
@@ -88,6 +89,7 @@ class SparsityReport(Report):
     parameters: int
     zeros: int
     metrics: dict[str, Any] = field(default_factory=dict)
+    others: dict[str, int] = field(default_factory=dict)
 
     title = "Pruning report"
 
@@ -116,6 +118,7 @@ class SparsityReport(Report):
             "metrics": plain(self.metrics),
             "groups": groups,
             "dense": [{**asdict(layer), "reached": layer.reached} for layer in self.dense],
+            "others": self.others,
         }
 
     def __str__(self) -> str:
@@ -128,6 +131,9 @@ class SparsityReport(Report):
             lines += [group.title, f"  {now}, reached {group.reached:.2%}: {zeros}", _table(group.layers)]
         if self.dense:
             lines += ["left dense" if self.groups else "weights", _table(self.dense)]
+        if self.others:
+            counts = ", ".join(f"{kind} {count:,}" for kind, count in self.others.items())
+            lines.append(f"no part in pruning: {sum(self.others.values()):,} parameters ({counts})")
         lines.append(f"model: {self.zeros:,} of {self.parameters:,} parameters are zero, {self.sparsity:.2%}")
         if self.metrics:
             lines.append("metric: " + ", ".join(f"{name} {value}" for name, value in self.metrics.items()))
@@ -182,7 +188,21 @@ def report_of(model: nn.Module, groups: Sequence[MaskGroup], step: int, metrics:
     zeros = sum(_zeros(parameter) for parameter in state.values())
     skipped = [[*group.skipped, *(_without_gradient(weight.target) for weight in group.left_out)] for group in groups]
     dense = _dense({row.name for group in rows for row in group.layers}, skipped, state)
-    return SparsityReport(step, tuple(rows), dense, sum(p.numel() for p in state.values()), zeros, dict(metrics))
+    named = {row.name for row in dense}.union(*({row.name for row in group.layers} for group in rows))
+    others = _others(model, {name: each for name, each in state.items() if name not in named})
+    total = sum(parameter.numel() for parameter in state.values())
+    return SparsityReport(step, tuple(rows), dense, total, zeros, dict(metrics), others)
+
+
+def _others(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, int]:
+    """Number of parameters by what they belong to, most first: biases, or the class of the layer."""
+    counts: dict[str, int] = {}
+    for name, parameter in parameters.items():
+        layer, _, attribute = name.rpartition(".")
+        module = model.get_submodule(layer)
+        kind = "biases" if "bias" in attribute and family(module) else kind_of(module)
+        counts[kind] = counts.get(kind, 0) + parameter.numel()
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
 def _without_gradient(target: Target) -> Skipped:
@@ -256,7 +276,9 @@ def _dense(
     reasons = {each.layer: each for group in skipped for each in group if each.reason}
     rows = []
     for name, tensor in state.items():
-        layer, _, attribute = name.rpartition(".")
+        layer, _, attribute = name.replace(".parametrizations.", ".").rpartition(".")
+        if attribute.startswith("original"):  # of a parametrization
+            layer, _, attribute = layer.rpartition(".")
         if name in pruned or tensor.dim() < 2 or not (everything or layer in reasons):
             continue
         each = reasons.get(layer, Skipped(layer, "", ""))

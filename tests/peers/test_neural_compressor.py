@@ -320,6 +320,7 @@ def test_pattern_lock_beside_progressive_pruning():
         model.layer4[0].weight *= torch.rand(model.layer4[0].weight.shape) < 0.1
     locked = model.layer4[0].weight == 0
     model, manager = compressed(local, model, target_sparsity=0.9, start_step=0, end_step=10, pruning_frequency=3)
+    manager.callbacks.update_config(pruning_frequency=1)
     train(model, manager.callbacks)
     assert torch.equal(model.layer4[0].weight == 0, locked)
     assert zeros(model.layer2) == pytest.approx(0.5, abs=0.001)

@@ -19,9 +19,8 @@ from pruning_core.graph.trace.shadows import AxisLabels, Shadow, as_activation
 @rule("matmul", "mm", "bmm", "mv", "dot", "baddbmm", "addbmm")
 def matmul(trace: Recorder, call: Call) -> Any:
     """A product written as letters, for ``product``."""
-    left, right = ("batch1", "batch2") if "batch1" in call else ("self", "mat2" if "mat2" in call else "other")
-    if "vec" in call:
-        right = "vec"
+    left = "batch1" if "batch1" in call else "self"
+    right = next(name for name in ("batch2", "mat2", "vec", "tensor", "other") if name in call)
     if call.name in ("baddbmm", "addbmm"):
         trace.freeze(call.shadow("self"), "is added to a product")
     a, b = call[left], call[right]
