@@ -640,6 +640,7 @@ def test_masks_of_torch_prune_are_kept():
     assert torch.equal(pruner.masks()["a.weight_orig"], locked.weight_mask != 0)
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("kind, gates", [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
 def test_recurrent_layers_can_be_named_as_types(kind, gates):
     options = {"num_layers": 2, "bidirectional": True, **({"proj_size": 3} if kind == "LSTM" else {})}

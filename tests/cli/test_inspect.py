@@ -90,6 +90,7 @@ left dense
     layer        type    shape  reached  zeros  why
     odd.weight   Linear  5x3     20.00%      3  its 3 input channels are not a multiple of 4 (pattern 2:4)
     head.weight  Linear  2x4      0.00%      0  excluded by 'head'
+no part in pruning: 26 parameters (biases 22, BatchNorm2d 4)
 model: 41 of 149 parameters are zero, 27.52%"""
 
 
