@@ -79,8 +79,8 @@ class SparsityReport(Report):
     """Sparsity per layer: ``print(report)``, ``to_dict``, ``save_json``, ``save_markdown``, ``plot``.
 
     ``groups``: one per pruner of the configuration. ``dense``: the weights that no pruner took, with the reason.
-    ``others``: the parameters of no selected type, by the class of their layer. ``parameters`` and ``zeros`` count the
-    whole model. ``step`` is None for a saved model without a pruner's state.
+    ``others``: parameters of no selected type, by the class of their layer (of a saved model all under ""). The whole
+    model is counted by ``parameters`` and ``zeros``. ``step`` is None for a saved model without a pruner's state.
     """
 
     step: int | None
@@ -132,8 +132,9 @@ class SparsityReport(Report):
         if self.dense:
             lines += ["left dense" if self.groups else "weights", _table(self.dense)]
         if self.others:
-            counts = ", ".join(f"{kind} {count:,}" for kind, count in self.others.items())
-            lines.append(f"no part in pruning: {sum(self.others.values()):,} parameters ({counts})")
+            counts = ", ".join(f"{kind} {count:,}" for kind, count in self.others.items() if kind)
+            total = f"no part in pruning: {sum(self.others.values()):,} parameters"
+            lines.append(f"{total} ({counts})" if counts else total)
         lines.append(f"model: {self.zeros:,} of {self.parameters:,} parameters are zero, {self.sparsity:.2%}")
         if self.metrics:
             lines.append("metric: " + ", ".join(f"{name} {value}" for name, value in self.metrics.items()))
@@ -227,8 +228,10 @@ def report_of_saved(model: Mapping[str, Any], pruner: Mapping[str, Any] | None) 
     dense = _dense({row.name for group in rows for row in group.layers}, skipped, state, everything=not rows)
     step = min(clock["now"] for clock in pruner["clocks"]) if pruner else None
     once = _once(state)
-    zeros = sum(_zeros(value) for value in once.values())
-    return SparsityReport(step, tuple(rows), dense, sum(value.numel() for value in once.values()), zeros)
+    zeros, total = sum(_zeros(value) for value in once.values()), sum(value.numel() for value in once.values())
+    rest = total - sum(layer.weights for layer in (*dense, *(each for group in rows for each in group.layers)))
+    others = {"": rest} if rows and rest > 0 else {}  # a state dict does not say which layer a name belongs to
+    return SparsityReport(step, tuple(rows), dense, total, zeros, others=others)
 
 
 def _parameters(model: Mapping[str, Any]) -> dict[str, Tensor]:
