@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -72,13 +73,15 @@ class Target:
     """One weight that takes part: parameter ``attribute`` of the layer that ``named_modules()`` calls ``layer``.
 
     Where a norm of ``torch.nn.utils`` or ``prune`` computes the weight, this is the parameter that it is made from:
-    ``weight_v``, ``weight_orig``, ``parametrizations.weight.original``.
+    ``weight_v``, ``weight_orig``, ``parametrizations.weight.original``. ``norm``: the dimension whose slices a norm
+    divides by, each by its own length; -1 for the length of all; None without a norm.
     """
 
     layer: str
     attribute: str
     module: nn.Module
     layout: Layout
+    norm: int | None = None
 
     @property
     def name(self) -> str:
@@ -88,8 +91,11 @@ class Target:
     @property
     def parameter(self) -> Tensor:
         """The parameter, read from the module at each access."""
-        found: Any = reduce(getattr, self.attribute.split("."), self.module)
-        return found
+        return self._read(self.module)
+
+    @cached_property
+    def _read(self) -> Callable[[nn.Module], Tensor]:
+        return attrgetter(self.attribute)
 
     @property
     def pruned(self) -> Tensor | None:
@@ -159,26 +165,46 @@ def targets_of(layer: str, module: nn.Module) -> list[Target]:
         layouts = {"weight": Layout(module.groups, in_first=module.transposed)}
     else:
         layouts = {"weight": Layout(in_first=is_transformers_conv1d(module))}
-    return [Target(layer, _made_from(module, name), module, layout) for name, layout in layouts.items()]
+    return [
+        Target(layer, made, module, layouts[name], norm)
+        for name in layouts
+        for made, norm in [_made_from(module, name)]
+    ]
 
 
-def _made_from(module: nn.Module, attribute: str) -> str:
-    """The parameter in which a zero is a zero of this weight: mostly itself, or what a norm or ``prune`` keeps."""
+def _made_from(module: nn.Module, attribute: str) -> tuple[str, int | None]:
+    """The parameter in which a zero is a zero of this weight, and ``Target.norm``: mostly the weight itself."""
     parametrizations = getattr(module, "parametrizations", {})
     if attribute in parametrizations and all(_is_norm(each) for each in parametrizations[attribute]):
         found = f"parametrizations.{attribute}.original"
-        return found if hasattr(parametrizations[attribute], "original") else f"{found}1"
+        norm = _norm_of(parametrizations[attribute][0])
+        return (found if hasattr(parametrizations[attribute], "original") else f"{found}1"), norm
     hooks: list[Any] = list(module._forward_pre_hooks.values())
     for hook in hooks:
         if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == attribute:
             return _made_from(module, f"{attribute}_orig")
         if _is_norm(hook) and hook.name == attribute:
-            return _made_from(module, f"{attribute}_v" if type(hook).__name__ == "WeightNorm" else f"{attribute}_orig")
-    return attribute
+            kept = "v" if type(hook).__name__ == "WeightNorm" else "orig"
+            return _made_from(module, f"{attribute}_{kept}")[0], _norm_of(hook)
+    return attribute, None
 
 
 def _is_norm(each: object) -> bool:
     return type(each).__name__ in NORMS and type(each).__module__.startswith("torch.nn.utils.")
+
+
+def _norm_of(norm: Any) -> int:
+    """The dimension of a weight norm; -1 where the length of the whole weight divides, as in a spectral norm."""
+    return norm.dim if "Weight" in type(norm).__name__ and norm.dim is not None else -1
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """(layer, attribute) of a key of a ``state_dict``; what a parametrization keeps belongs to the layer it is on."""
+    made = re.fullmatch(r"(.*?)\.?parametrizations\.(\w+)\.original\d*", key)
+    if made:
+        return made[1], made[2]
+    layer, _, attribute = key.rpartition(".")
+    return layer, attribute
 
 
 def unfit(target: Target) -> str | None:
@@ -267,7 +293,8 @@ class Selector:
         if self.names_explicitly(target.layer):
             raise ValueError(f"{self.where}: {target.layer} cannot be pruned: {reason}; take it out of op_names")
         if reason in (SCRIPTED, COMPUTED, NO_PARAMETER):  # nothing in the layer's type tells
-            warnings.warn(f"{self.where}: {target.layer} stays dense: {reason}", stacklevel=2)
+            where = f"{self.where}: " if self.where else ""
+            warnings.warn(f"{where}{target.layer} stays dense: {reason}", stacklevel=2)
         skipped.append(Skipped(target.layer, kind_of(target.module), reason))
 
     def names_explicitly(self, layer: str) -> bool:

@@ -14,6 +14,7 @@ from pruning_core.masks.groups import MaskGroup
 from pruning_core.masks.options import LOCK, PrunerOptions
 from pruning_core.masks.pattern_lock import LockedGroup
 from pruning_core.masks.progressive import ProgressiveGroup
+from pruning_core.masks.sharding import local
 from pruning_core.masks.weight import MaskedWeight
 from pruning_core.selection import Selector, Skipped, Target, kind_of
 
@@ -42,13 +43,35 @@ def _build(where: str, options: PrunerOptions, model: nn.Module, taken: dict[int
         elif reason is not None and options.kind != LOCK:
             selector.skip(target, f"{reason} (pattern {options.pattern})", skipped)
         else:
+            weight = MaskedWeight(target, options)
+            reason = _indivisible(weight) or _made_elsewhere(target, model)
+            if reason is not None:
+                selector.skip(target, reason, skipped)
+                continue
             taken[id(target.parameter)] = f"{target.name} by {where}"
             _keep_pruned_(target)
-            weights.append(MaskedWeight(target, options))
+            weights.append(weight)
     if not weights:
         reasons = "; ".join(f"{each.layer}: {each.reason}" for each in skipped[:3])
         raise ValueError(f"{where}: no layer is left to prune ({reasons}); change its op_names or exclusions")
     return KINDS[options.kind](where, options, weights, skipped)
+
+
+def _indivisible(weight: MaskedWeight) -> str | None:
+    """A norm that divides by the length of each unit leaves nothing to cut: see ``MaskedWeight.spared``."""
+    if weight.target.norm is None or weight.options.kind == LOCK or not bool(weight.spared(weight.alive()).all()):
+        return None
+    return f"its norm divides by the length of each unit, which must not be zero (pattern {weight.options.pattern})"
+
+
+def _made_elsewhere(target: Target, model: nn.Module) -> str | None:
+    """Why what a weight is made from cannot be masked: shards have no norm of their own, and ties no mask."""
+    if target.norm is None and target.pruned is None:
+        return None
+    if local(target.parameter) is not target.parameter:
+        return "its weight is computed from a sharded parameter"
+    names = [name for name, each in model.named_parameters(remove_duplicate=False) if each is target.parameter]
+    return None if len(names) == 1 else f"its weight is computed from {names[0]}, which is {names[1]} too"
 
 
 @torch.no_grad()

@@ -202,7 +202,8 @@ class _Given:
     def _drop_half_a_lasso(self, options: dict[str, Any]) -> None:
         """A type without a strength, or a strength without a type, does nothing there: a warning, no error."""
         kind, strength = options.get("reg_type"), options.get("reg_coeff", 0.0)
-        if not isinstance(strength, int | float) or (kind is None) == (strength == 0):
+        known = isinstance(strength, int | float) and kind in (None, "group_lasso")
+        if not known or (kind is None) == (strength == 0):
             return
         name, needs = ("reg_type", "reg_coeff above 0") if strength == 0 else ("reg_coeff", "reg_type: group_lasso")
         warnings.warn(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +17,14 @@ from pruning_core.masks.clock import Clock, OptimizerHooks, unwrap_optimizer
 from pruning_core.masks.config import WeightPruningConfig
 from pruning_core.masks.groups import MaskGroup
 from pruning_core.masks.lasso import ShrinkAtStep, shrink_
-from pruning_core.masks.options import LOCK, PrunerOptions
-from pruning_core.masks.report import SparsityReport, report_of
-from pruning_core.masks.sharding import local, reshard
+from pruning_core.masks.masked_model import MaskedModel
+from pruning_core.masks.options import LOCK
+from pruning_core.masks.sharding import reshard
 from pruning_core.masks.state import load_state, state_of
-from pruning_core.masks.weight import mask_
 from pruning_core.selection import unwrap
 
 
-class PrunerView(NamedTuple):
-    """One pruner of the configuration: its options, the names of the weights that take part, and their size in all."""
-
-    config: PrunerOptions
-    names: tuple[str, ...]
-    weights: int
-
-
-class Pruning:
+class Pruning(MaskedModel):
     """Zeroes weights while training goes on: masks change on a schedule and are applied after every optimizer step.
 
     Either the hooks of the training loop::
@@ -61,13 +52,11 @@ class Pruning:
         if on_divergence not in ("error", "repair"):
             raise ValueError(f"on_divergence: must be 'error' or 'repair', got {on_divergence!r}")
         self.on_divergence = on_divergence
-        self.model: nn.Module | None = None
+        super().__init__()
         self.optimizer: Any = None
         """For group lasso under the explicit hooks: whose learning rate it reads; None: of the one that steps."""
         self.train_func: Callable[[nn.Module], Any] | None = None
         self.eval_func: Callable[[nn.Module], Any] | None = None
-        self.metrics: dict[str, Any] = {}
-        self._groups: list[MaskGroup] = []
         self._began = False
         self._clocks: dict[Optimizer | None, Clock] = {}
         self._params: dict[Optimizer | None, set[int] | None] = {}
@@ -78,7 +67,6 @@ class Pruning:
         self._shrinking: ShrinkAtStep | None = None
         self._rate_known = False  # an optimizer was seen to step
         self._told_no_gradient = False
-        self._counted: tuple[list[int], float] = ([], 0.0)
 
     # ---- set-up -------------------------------------------------------------------------------------------------
 
@@ -87,9 +75,13 @@ class Pruning:
         changed = any(group.updated_at >= 0 and group.options.kind != LOCK for group in self._groups)
         if self._began and (self._hooks or self.step or changed):
             raise RuntimeError("update_items_for_all_pruners: training has begun; call it before on_train_begin")
-        self.config = self.config.updated(**options)
-        if self._began:
-            self._begin([], None)
+        before, self.config = self.config, self.config.updated(**options)
+        try:
+            if self._began:
+                self._begin([], None)
+        except ValueError:
+            self.config = before
+            raise
 
     def on_train_begin(self, *, total_steps: int | None = None) -> None:
         """Selects the layers and builds their masks; warns when ``total_steps`` is too short for ``end_step``."""
@@ -143,46 +135,6 @@ class Pruning:
                     stacklevel=4,
                 )
 
-    # ---- how far it is ------------------------------------------------------------------------------------------
-
-    @property
-    def pruners(self) -> tuple[PrunerView, ...]:
-        """One ``PrunerView`` per pruner of the configuration; empty before training begins."""
-        return tuple(
-            PrunerView(group.options, tuple(w.target.name for w in group.taking_part), group.total)
-            for group in self._groups
-        )
-
-    @property
-    def done(self) -> bool:
-        """Whether every target is reached; from then on masks are only applied."""
-        return bool(self._groups) and all(group.done for group in self._groups)
-
-    @property
-    def asked(self) -> float:
-        """The sparsity asked for at this step, over all weights that take part; in [0, 1]."""
-        return sum(group.sparsity(self.step) * group.total for group in self._groups) / (self._total or 1)
-
-    @property
-    def sparsity(self) -> float:
-        """The sparsity of the masks, over all weights that take part; in [0, 1].
-
-        Counted when masks have changed. Collective under ``fully_shard``: zeros are summed over the ranks.
-        """
-        now = [group.updated_at for group in self._groups]
-        if self._counted[0] != now:
-            self._counted = (now, sum(group.count_cut() for group in self._groups) / (self._total or 1))
-        return self._counted[1]
-
-    @property
-    def _total(self) -> int:
-        return sum(group.total for group in self._groups)
-
-    @property
-    def sharded(self) -> bool:
-        """Whether the weights are sharded (``fully_shard``): each rank then has a state of its own."""
-        return any(group.ranks is not None for group in self._groups)
-
     # ---- the hooks ----------------------------------------------------------------------------------------------
 
     def on_step_begin(self, local_step: int | None = None) -> None:
@@ -213,7 +165,7 @@ class Pruning:
         """Ends the run; warns about every pruner that has not reached its target."""
         if not self._began:
             raise RuntimeError("on_train_end: training has not begun; call on_train_begin first")
-        self._began = False
+        self._began, self._shrinking = False, None
         for group in self._groups:
             if not group.done:
                 reached = group.table.sparsity(group.updated_at) if group.updated_at >= 0 else 0.0
@@ -373,52 +325,6 @@ class Pruning:
         self.detach()
         if kind is None and self._began:
             self.on_train_end()
-
-    @torch.no_grad()
-    def mask_(self, other: nn.Module) -> nn.Module:
-        """Masks a copy of the model (EMA, SWA) in place, by parameter names, and returns it."""
-        self._check_built("mask_")
-        reshard(other)
-        parameters = dict(unwrap(other).named_parameters(remove_duplicate=False))
-        for group in self._groups:
-            for weight in group.weights:
-                parameter = parameters.get(weight.target.name)
-                if parameter is None or tuple(local(parameter).shape) != weight.shape:
-                    got = "nothing" if parameter is None else f"{tuple(local(parameter).shape)} for {weight.shape}"
-                    raise ValueError(
-                        f"mask_: {weight.target.name} is not in that model, got {got}; pass a copy, sharded alike"
-                    )
-                mask_(local(parameter.detach()), weight.keep.to(parameter.device))
-        return other
-
-    def masks(self) -> dict[str, Tensor]:
-        """State-dict key -> bool mask, True = kept (the local shard under ``fully_shard``)."""
-        self._check_built("masks")
-        return {w.target.name: w.keep != 0 for group in self._groups for w in group.weights}
-
-    def report(self) -> SparsityReport:
-        """Asked and reached sparsity per layer, counted from the weights; collective under ``fully_shard``."""
-        self._check_built("report")
-        assert self.model is not None
-        reshard(self.model)
-        return report_of(unwrap(self.model), self._groups, self.step, self.metrics)
-
-    def _check_built(self, what: str) -> None:
-        if not self._groups:
-            raise RuntimeError(f"{what}: there are no masks yet; call on_train_begin or attach first")
-        self._check_model()
-
-    def _check_model(self) -> None:
-        """RuntimeError unless the layers with masks are still the model's layers."""
-        assert self.model is not None
-        modules = dict(unwrap(self.model).named_modules(remove_duplicate=False))
-        for group in self._groups:
-            for weight in group.weights:
-                if modules.get(weight.target.layer) is not weight.target.module:
-                    raise RuntimeError(
-                        f"{weight.target.layer}: this layer was replaced or removed under the pruner; change the model "
-                        "first, then call on_train_begin"
-                    )
 
     def state_dict(self) -> dict[str, Any]:
         """Masks (packed bits), scores, clocks and configuration: tensors and plain data."""

@@ -15,7 +15,7 @@ from pruning_core.masks.groups import MaskGroup
 from pruning_core.masks.options import LOCK, PrunerOptions
 from pruning_core.masks.sharding import local, shard_groups
 from pruning_core.report import Bars, Report, plain, text_table
-from pruning_core.selection import Skipped, Target, family, kind_of
+from pruning_core.selection import Skipped, Target, family, kind_of, split_key
 
 NO_GRADIENT = "no gradient came"
 COLUMNS = ("layer", "type", "shape", "pattern", "asked", "reached", "zeros", "why")
@@ -189,8 +189,9 @@ def report_of(model: nn.Module, groups: Sequence[MaskGroup], step: int, metrics:
     zeros = sum(_zeros(parameter) for parameter in state.values())
     skipped = [[*group.skipped, *(_without_gradient(weight.target) for weight in group.left_out)] for group in groups]
     dense = _dense({row.name for group in rows for row in group.layers}, skipped, state)
-    named = {row.name for row in dense}.union(*({row.name for row in group.layers} for group in rows))
-    others = _others(model, {name: each for name, each in state.items() if name not in named})
+    listed = {id(weight.target.parameter) for group in groups for weight in group.taking_part}  # tied: by another name
+    listed |= {id(state[row.name]) for row in dense}
+    others = _others(model, {name: each for name, each in state.items() if id(each) not in listed})
     total = sum(parameter.numel() for parameter in state.values())
     return SparsityReport(step, tuple(rows), dense, total, zeros, dict(metrics), others)
 
@@ -199,7 +200,7 @@ def _others(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, int
     """Number of parameters by what they belong to, most first: biases, or the class of the layer."""
     counts: dict[str, int] = {}
     for name, parameter in parameters.items():
-        layer, _, attribute = name.rpartition(".")
+        layer, attribute = split_key(name)
         module = model.get_submodule(layer)
         kind = "biases" if "bias" in attribute and family(module) else kind_of(module)
         counts[kind] = counts.get(kind, 0) + parameter.numel()
@@ -223,7 +224,7 @@ def report_of_saved(model: Mapping[str, Any], pruner: Mapping[str, Any] | None) 
         )
         target = options.target_sparsity if asked is not None and options.kind != LOCK else asked
         rows.append(PrunerSparsity(title(f"pruning_configs[{i}]", options), target or 0.0, asked or 0.0, layers))
-        left_out = [Skipped(name.rpartition(".")[0], "", NO_GRADIENT) for name in group["left_out"]]
+        left_out = [Skipped(split_key(name)[0], "", NO_GRADIENT) for name in group["left_out"]]
         skipped.append([*(Skipped(*each) for each in group["skipped"]), *left_out])
     dense = _dense({row.name for group in rows for row in group.layers}, skipped, state, everything=not rows)
     step = min(clock["now"] for clock in pruner["clocks"]) if pruner else None
@@ -279,9 +280,7 @@ def _dense(
     reasons = {each.layer: each for group in skipped for each in group if each.reason}
     rows = []
     for name, tensor in state.items():
-        layer, _, attribute = name.replace(".parametrizations.", ".").rpartition(".")
-        if attribute.startswith("original"):  # of a parametrization
-            layer, _, attribute = layer.rpartition(".")
+        layer, attribute = split_key(name)
         if name in pruned or tensor.dim() < 2 or not (everything or layer in reasons):
             continue
         each = reasons.get(layer, Skipped(layer, "", ""))

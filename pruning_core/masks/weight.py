@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pruning_core.checkpoint import pack_bits, unpack_bits
+from pruning_core.criteria import fold_lines
 from pruning_core.masks.options import LOCK, PrunerOptions
 from pruning_core.masks.sharding import Place, local, place
 from pruning_core.patterns import parse_pattern
@@ -197,9 +198,27 @@ class MaskedWeight:
     def cut_units_(self, cut: Tensor) -> None:
         """Cuts the units of a bool grid (True = cut) from ``whole_units``; the weight does not change."""
         newly = cut & self.alive()
+        if self.target.norm is not None:
+            newly &= ~self.spared(newly)
         score = None if self.pattern.folds_linearly else self.view(self.element_scores())
         keep = self.pattern.spread(~newly, score, self.place.region)
         self.whole_units.mul_(self.place.layout.store(keep, self.shape))
+
+    def spared(self, newly: Tensor) -> Tensor:
+        """Bool unit grid: units that must stay, for a norm cannot divide by the length of a slice that is all zero.
+
+        Of each slice without another unit, the one with its largest weight. An N:M group keeps N by itself.
+        """
+        if not self.pattern.folds_linearly:
+            return torch.zeros_like(newly)
+        dim, grid = -1 if self.target.norm is None else self.target.norm, self.place.region
+        kept = self.place.layout.store(self.pattern.spread(self.alive() & ~newly, None, grid), self.shape)
+        sizes = torch.where(self.whole_units != 0, self.weight().abs(), -1)
+        lines, sizes = (x.reshape(1, -1) if dim == -1 else fold_lines(x, dim) for x in (kept, sizes))
+        largest = torch.zeros_like(lines).scatter_(1, sizes.argmax(1, keepdim=True), ~lines.any(1, keepdim=True))
+        if dim != -1:
+            largest = largest.view(kept.movedim(dim, 0).shape).movedim(0, dim)
+        return self.pattern.fold(self.view(largest.view(self.shape).float()), grid, "max") > 0
 
     def zeros(self) -> Tensor:
         """0-dim int64: number of zeros in the local weight, counted from its values."""

@@ -12,7 +12,7 @@ from pruning_core.masks.config import WeightPruningConfig as _WeightPruningConfi
 from pruning_core.masks.options import PrunerOptions
 from pruning_core.masks.pruning import Pruning as _Pruning
 from pruning_core.patterns import NinM, parse_pattern
-from pruning_core.selection import Selector, Target, family, targets_of, unwrap
+from pruning_core.selection import Selector, Target, family, split_key, targets_of, unwrap
 
 
 class WeightPruningConfig(_WeightPruningConfig):
@@ -62,10 +62,11 @@ class Pruning(_Pruning):
 
     def __init__(self, config: Any = None) -> None:
         config = getattr(config, "pruning", config)  # Config(pruning=...)
-        super().__init__(WeightPruningConfig(config))
+        super().__init__()
+        self.config: WeightPruningConfig = WeightPruningConfig(config)
 
     @property
-    def conf(self) -> Any:
+    def conf(self) -> WeightPruningConfig:
         """The configuration."""
         return self.config
 
@@ -149,13 +150,10 @@ def get_sparsity_ratio(pruners: Iterable[Pruner], model: nn.Module) -> tuple[flo
 
 
 def _targets(model: nn.Module, names: Iterable[str]) -> list[Target]:
-    layers = ((name, name.rpartition(".")[0]) for name in names)
-    return [
-        target
-        for name, layer in layers
-        for target in targets_of(layer, model.get_submodule(layer))
-        if target.name == name
-    ]
+    layers = {name: split_key(name)[0] for name in names}
+    targets = (target for layer in set(layers.values()) for target in targets_of(layer, model.get_submodule(layer)))
+    found = {target.name: target for target in targets}
+    return [found[name] for name in layers]
 
 
 def _cut_units(target: Target, weight: Tensor, config: Mapping[str, Any]) -> float:
