@@ -131,6 +131,33 @@ def _reduce(x: Tensor, axis: int, reduce: Reduce, keepdim: bool = False) -> Tens
     return x.sum(axis, keepdim)
 
 
+def fold_blocks(score: Tensor, region: Region, reduce: Reduce) -> Tensor:
+    """(G, O, K, I) -> unit grid: the sum or maximum over each block of ``region.extents``."""
+    for axis, extent in enumerate(region.extents):
+        if extent == 1:
+            continue
+        if extent == region.shape[axis]:  # one unit, also for a rank that holds a part of the axis
+            score = _reduce(score, axis, reduce, keepdim=True)
+        else:
+            score = _reduce(_split(score, axis, extent, region.start[axis], reduce), axis + 1, reduce)
+    return score
+
+
+def stretch_blocks(values: Tensor, region: Region) -> Tensor:
+    """Unit grid -> (G, O, K, I): each value over all weights of its block."""
+    for axis, extent in enumerate(region.extents):
+        if extent == 1:
+            continue
+        if extent == region.shape[axis]:
+            sizes = [-1] * values.dim()
+            sizes[axis] = region.local[axis]
+            values = values.expand(sizes)
+        else:
+            wide = values.unsqueeze(axis + 1).expand(*values.shape[: axis + 1], extent, *values.shape[axis + 1 :])
+            values = wide.flatten(axis, axis + 1).narrow(axis, region.start[axis] % extent, region.local[axis])
+    return values
+
+
 @PATTERNS.add("block")
 @dataclass(frozen=True)
 class Block(Pattern):
@@ -172,32 +199,11 @@ class Block(Pattern):
 
     def fold(self, score: Tensor, region: Region, reduce: Reduce) -> Tensor:
         """Sums (or maxima) over the blocks."""
-        for axis, extent in enumerate(region.extents):
-            if extent == 1:
-                continue
-            if extent == region.shape[axis]:  # one unit, also for a rank that holds a part of the axis
-                score = _reduce(score, axis, reduce, keepdim=True)
-            else:
-                score = _reduce(_split(score, axis, extent, region.start[axis], reduce), axis + 1, reduce)
-        return score
+        return fold_blocks(score, region, reduce)
 
     def spread(self, keep: Tensor, score: Tensor | None, region: Region) -> Tensor:
         """Repeats each unit's verdict over its weights; ``score`` is not used."""
-        return self.stretch(keep, region)
-
-    def stretch(self, values: Tensor, region: Region) -> Tensor:
-        """Repeats each unit's value over the weights of the unit; any dtype."""
-        for axis, extent in enumerate(region.extents):
-            if extent == 1:
-                continue
-            if extent == region.shape[axis]:
-                sizes = [-1] * values.dim()
-                sizes[axis] = region.local[axis]
-                values = values.expand(sizes)
-            else:
-                wide = values.unsqueeze(axis + 1).expand(*values.shape[: axis + 1], extent, *values.shape[axis + 1 :])
-                values = wide.flatten(axis, axis + 1).narrow(axis, region.start[axis] % extent, region.local[axis])
-        return values
+        return stretch_blocks(keep, region)
 
     def alive(self, kept: Tensor, region: Region) -> Tensor:
         """The first weight of each block: blocks are cut whole."""

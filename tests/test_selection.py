@@ -15,6 +15,8 @@ from torch.nn.utils import parametrizations, prune
 from transformers.pytorch_utils import Conv1D
 
 from pruning_core import Pruning
+from pruning_core.criteria import fold_lines
+from pruning_core.patterns import parse_pattern
 from pruning_core.selection import Layout, Target, family, is_transformers_conv1d, targets_of, unwrap
 
 
@@ -624,6 +626,74 @@ def test_what_a_weight_is_made_from_is_pruned(name, kind, make):
     assert torch.equal(pruner.masks()[key], model.odd.weight != 0)
     assert pruner.report().groups[0].layers[1].zeros == round(0.6 * 48)
     assert pruner.report().dense == ()
+
+
+@pytest.mark.parametrize("pattern", ["1x1", "4x1", "2x2", "channelx1", "1:4"])
+@pytest.mark.parametrize("kind", ["magnitude", "snip_momentum_progressive"])
+@pytest.mark.parametrize("wrap", [old_norm, parametrizations.weight_norm], ids=["old", "new"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: nn.Linear(4, 16), lambda: nn.ConvTranspose2d(4, 16, 1), lambda: nn.Conv2d(4, 16, 1)],
+    ids=["Linear", "ConvTranspose2d", "Conv2d"],
+)
+def test_a_weight_norm_never_divides_by_nothing(pattern, kind, wrap, make):
+    """A slice that is all zero has length 0 and would be NaN: the unit with its largest weight stays."""
+    torch.manual_seed(0)
+    layer, dim = make(), 0
+    if pattern == "channelx1" and isinstance(layer, nn.ConvTranspose2d):
+        pattern = "1xchannel"  # its slices are input channels
+    before = fold_lines(layer.weight.detach(), dim).abs()
+    model = named(odd=wrap(layer))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    target = min(0.9, parse_pattern(pattern).max_sparsity)
+    options = {"pruning_type": kind, "pattern": pattern, "target_sparsity": target, "end_step": 6}
+    pruner = Pruning(options | {"pruning_frequency": 2}).attach(model, optimizer)
+    data = torch.randn(3, 4, *(() if isinstance(layer, nn.Linear) else (1, 1)))
+    for _ in range(8):
+        optimizer.zero_grad()
+        model.odd(data).square().mean().backward()
+        optimizer.step()
+        assert model.odd(data).isfinite().all()
+    (mask,) = pruner.masks().values()
+    lines = fold_lines(mask, dim)
+    assert lines.any(1).all()
+    assert pruner.sparsity == pytest.approx(float((~mask).float().mean())) and pruner.sparsity > 0.2
+    if kind == "magnitude" and pattern == "1x1":  # what stays of a slice with one weight is its largest
+        alone = lines.sum(1) == 1
+        assert alone.any() and torch.equal(lines[alone].int().argmax(1), before[alone].argmax(1))
+
+
+def test_a_norm_over_each_unit_leaves_nothing_to_cut():
+    model = named(a=nn.Linear(4, 4), odd=parametrizations.weight_norm(nn.Linear(4, 4)))
+    pruner = began(model, {"pattern": "1xchannel"})
+    reason = "its norm divides by the length of each unit, which must not be zero (pattern 1xchannel)"
+    assert list(pruner.masks()) == ["a.weight"] and spared(pruner) == {"odd": reason}
+    expected = f"pruning_configs[0]: odd cannot be pruned: {reason}; take it out of op_names"
+    assert problem(model, {"pattern": "1xchannel", "op_names": ["a", "odd"]}) == expected
+
+
+def test_a_mask_of_torch_prune_on_a_tied_weight():
+    """The other layer uses the weight whole: zeros there would change what it computes."""
+    model = named(a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 4))
+    model.b.weight = model.a.weight
+    l1(model.b)
+    before = model.a.weight.detach().clone()
+    pruner = began(model, {"excluded_op_names": ["^a$"]})
+    assert list(pruner.masks()) == ["c.weight"]
+    assert spared(pruner)["b"] == "its weight is computed from a.weight, which is b.weight_orig too"
+    assert torch.equal(model.a.weight, before)
+    assert spared(began(model))["b"] == "pruned as a.weight by pruning_configs[0]"
+
+
+def test_the_report_counts_a_tied_weight_once():
+    model = named(words=nn.Embedding(20, 8), norm=nn.LayerNorm(8), head=nn.Linear(8, 20))
+    model.head.weight = model.words.weight
+    report = began(model, {"pattern": "1x1"}).report()
+    assert report.others == {"biases": 20, "LayerNorm": 16}
+    assert "no part in pruning: 36 parameters (biases 20, LayerNorm 16)\n" in str(report)
+    normed = named(odd=parametrizations.weight_norm(nn.Linear(8, 4)), raw=nn.Linear(8, 4))
+    normed.scale = nn.Parameter(torch.ones(3))
+    assert began(normed).report().others == {"biases": 8, "Linear": 4, "Sequential": 3}
 
 
 def test_masks_of_torch_prune_are_kept():

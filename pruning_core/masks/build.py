@@ -58,8 +58,8 @@ def _build(where: str, options: PrunerOptions, model: nn.Module, taken: dict[int
 
 
 def _indivisible(weight: MaskedWeight) -> str | None:
-    """A norm that divides by the length of each unit leaves nothing to cut: see ``MaskedWeight.spared``."""
-    if weight.target.norm is None or weight.options.kind == LOCK or not bool(weight.spared(weight.alive()).all()):
+    """A norm that divides by the length of each unit leaves nothing to cut."""
+    if weight.target.norm is None or weight.options.kind == LOCK or not weight.indivisible():
         return None
     return f"its norm divides by the length of each unit, which must not be zero (pattern {weight.options.pattern})"
 

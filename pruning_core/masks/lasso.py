@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pruning_core.masks.groups import MaskGroup
 from pruning_core.masks.sharding import agree
-from pruning_core.patterns import Block
+from pruning_core.patterns import stretch_blocks
 
 
 def shrink_(group: MaskGroup, params: Collection[int] | None, optimizer: Optimizer, bad: bool | Tensor) -> None:
@@ -33,8 +33,7 @@ def shrink_(group: MaskGroup, params: Collection[int] | None, optimizer: Optimiz
         factor = shrink_factor(square.sqrt(), amount)
         if isinstance(bad, Tensor):
             factor = torch.where(bad, torch.ones_like(factor), factor)
-        assert isinstance(weight.pattern, Block)
-        wide = weight.pattern.stretch(factor, weight.place.region)
+        wide = stretch_blocks(factor, weight.place.region)
         weight.weight().mul_(weight.place.layout.store(wide, weight.shape))
 
 

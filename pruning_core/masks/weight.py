@@ -18,7 +18,7 @@ from pruning_core.checkpoint import pack_bits, unpack_bits
 from pruning_core.criteria import fold_lines
 from pruning_core.masks.options import LOCK, PrunerOptions
 from pruning_core.masks.sharding import Place, local, place
-from pruning_core.patterns import parse_pattern
+from pruning_core.patterns import fold_blocks, parse_pattern, stretch_blocks
 from pruning_core.selection import Target
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -198,27 +198,41 @@ class MaskedWeight:
     def cut_units_(self, cut: Tensor) -> None:
         """Cuts the units of a bool grid (True = cut) from ``whole_units``; the weight does not change."""
         newly = cut & self.alive()
+        keep = self._without(newly)
         if self.target.norm is not None:
-            newly &= ~self.spared(newly)
+            keep = self._without(newly & ~self._spared(keep))
+        self.whole_units.mul_(keep)
+
+    def _without(self, newly: Tensor) -> Tensor:
+        """Bool, stored shape: what these units leave of the weight."""
         score = None if self.pattern.folds_linearly else self.view(self.element_scores())
-        keep = self.pattern.spread(~newly, score, self.place.region)
-        self.whole_units.mul_(self.place.layout.store(keep, self.shape))
+        return self.place.layout.store(self.pattern.spread(~newly, score, self.place.region), self.shape)
 
-    def spared(self, newly: Tensor) -> Tensor:
-        """Bool unit grid: units that must stay, for a norm cannot divide by the length of a slice that is all zero.
+    def _lines(self, x: Tensor) -> Tensor:
+        """(slices, weights of each): the slices by whose lengths the norm divides."""
+        return x.reshape(1, -1) if self.target.norm in (None, -1) else fold_lines(x, self.target.norm)
 
-        Of each slice without another unit, the one with its largest weight. An N:M group keeps N by itself.
+    def _spared(self, keep: Tensor) -> Tensor:
+        """Bool unit grid: of each slice that would be all zero, the unit with its largest weight stays.
+
+        A norm cannot divide by the length of zeros: the slice would become NaN.
         """
-        if not self.pattern.folds_linearly:
-            return torch.zeros_like(newly)
-        dim, grid = -1 if self.target.norm is None else self.target.norm, self.place.region
-        kept = self.place.layout.store(self.pattern.spread(self.alive() & ~newly, None, grid), self.shape)
         sizes = torch.where(self.whole_units != 0, self.weight().abs(), -1)
-        lines, sizes = (x.reshape(1, -1) if dim == -1 else fold_lines(x, dim) for x in (kept, sizes))
-        largest = torch.zeros_like(lines).scatter_(1, sizes.argmax(1, keepdim=True), ~lines.any(1, keepdim=True))
-        if dim != -1:
-            largest = largest.view(kept.movedim(dim, 0).shape).movedim(0, dim)
-        return self.pattern.fold(self.view(largest.view(self.shape).float()), grid, "max") > 0
+        empty = ~self._lines(keep & (self.whole_units != 0)).any(1, keepdim=True)
+        places = self._lines(torch.arange(keep.numel(), device=keep.device).view(self.shape))
+        largest = places.gather(1, self._lines(sizes).argmax(1, keepdim=True))[empty]
+        marks = torch.zeros(keep.numel(), device=keep.device).scatter_(0, largest, 1).view(self.shape)
+        return fold_blocks(self.view(marks), self.place.region, "max") > 0
+
+    def indivisible(self) -> bool:
+        """Whether each unit is the only one of a slice that a norm divides by, so that none can be cut."""
+        if not self.pattern.folds_linearly:  # an N:M group keeps N
+            return False
+        grid = self.alive()
+        numbers = torch.arange(grid.numel(), device=grid.device).view(grid.shape)
+        lines = self._lines(self.place.layout.store(stretch_blocks(numbers, self.place.region), self.shape))
+        alone = lines.amin(1)[lines.amin(1) == lines.amax(1)]
+        return len(alone.unique()) == grid.numel()
 
     def zeros(self) -> Tensor:
         """0-dim int64: number of zeros in the local weight, counted from its values."""

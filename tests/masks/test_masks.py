@@ -3,6 +3,7 @@
 import gc
 import math
 import sys
+import warnings
 
 import pytest
 import torch
@@ -210,6 +211,22 @@ def test_group_lasso_leaves_no_hook_behind():
         pruner.on_before_optimizer_step()
         assert len(hooks) == len(before) + 1
     del pruner
+    gc.collect()
+    assert hooks == before
+
+
+def test_group_lasso_that_waits_when_the_run_ends_shrinks_nothing():
+    hooks = sys.modules["torch.optim.optimizer"]._global_optimizer_pre_hooks
+    before = dict(hooks)
+    model = small_net()
+    pruner = Pruning(LASSO | {"end_step": 0})
+    pruner.model = model
+    pruner.on_train_begin()
+    loss_of(model, 0).backward()
+    pruner.on_before_optimizer_step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the target is not reached
+        pruner.on_train_end()
     gc.collect()
     assert hooks == before
 

@@ -158,6 +158,26 @@ def test_elements_of_the_sparsity_ratio():
     assert elements > in_units
 
 
+def test_the_sparsity_ratio_of_a_layer_under_a_norm():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8))
+    prune = Pruning({"pattern": "1x1", "pruning_type": "magnitude", "target_sparsity": 0.5})
+    prune.model = model
+    prune.on_train_begin()
+    prune.on_step_begin()
+    assert prune.get_sparsity_ratio()[0] == 0.5
+
+
+def test_a_configuration_that_fits_no_layer_changes_nothing():
+    prune = Pruning(WeightPruningConfig(BASIC, start_step=1, end_step=10))
+    assert prune.conf.pruning_configs[1]["pattern"] == "2:4"
+    prune.model = model = ResNet()
+    prune.on_train_begin()
+    with pytest.raises(ValueError, match="op_names"):
+        prune.update_config(op_names=["nothing"])
+    train(model, prune)
+    assert_basic(model)
+
+
 def test_pruners_answer_for_their_options():
     """2.0 test_pruning_config.py; pruning_1.x_v2 and pruning_2.x/test_pruning_config.py"""
     local = [
@@ -552,6 +572,8 @@ def test_confs_that_are_not_about_pruning():
     assert prepare_compression(ResNet(), [config]).conf.pruning.pruners == config.pruners
     with pytest.raises(ValueError, match="confs: must be one pruning configuration, got WeightPruningConfig, object"):
         prepare_compression(ResNet(), [config, object()])
+    with pytest.raises(ValueError, match="confs: must be one pruning configuration, got an empty list"):
+        prepare_compression(ResNet(), [])
     with pytest.raises(ValueError, match=r"distillation: is not here, got object; .*docs/distillation\.md"):
         Config(pruning=config, distillation=object())
 
@@ -654,6 +676,33 @@ def test_model_slim_keeps_a_zero_channel_that_a_norm_looks_at():
     torch.testing.assert_close(norm(torch.ones(2, 6)), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("affine", [True, False])
+def test_model_slim_of_wide_norms_and_other_dtypes(dtype, affine):
+    """A norm over 2,000 channels shows a missing one by less than half precision can tell."""
+    wide = nn.Sequential(
+        nn.Linear(6, 2000),
+        nn.LayerNorm(2000, elementwise_affine=affine),
+        nn.Linear(2000, 64),
+        nn.ReLU(),
+        nn.Linear(64, 3),
+    ).to(dtype)
+    with torch.no_grad():
+        wide[2].weight[:, 7] = 0
+        wide[4].weight[:, :8] = 0
+    model_slim(wide, [torch.randn(2, 6, dtype=dtype)], round_multiplier=1)
+    assert wide[0].out_features == 2000 and wide[2].out_features == 56
+
+
+def test_a_batch_of_one_and_a_batch_of_keywords():
+    configs = [
+        parse_auto_slim_config(bert(), data, ffn2_sparsity=0.5)
+        for data in (tokens(1), [(torch.randint(0, 50, (1, 10)), torch.zeros(1))], [{"input_ids": tokens(1)[0][0]}])
+    ]
+    assert configs[0] == configs[1] == configs[2] and len(configs[0]) == 1
+    assert parse_auto_slim_config(bert()) == []
+
+
 def test_auto_slim_finds_nothing():
     with pytest.raises(
         ValueError, match=r"mha_sparsity: ResNet has no attention with removable heads, got 0\.5; set it to 0"
@@ -663,6 +712,9 @@ def test_auto_slim_finds_nothing():
         parse_auto_slim_config(ResNet(), [torch.randn(2, 3, 8, 8)], ffn2_sparsity=0.5)
     with pytest.raises(ValueError, match=r"ffn2_sparsity: must be at least 0 and below 1, got 1\.5"):
         parse_auto_slim_config(ResNet(), [torch.randn(2, 3, 8, 8)], ffn2_sparsity=1.5)
+    for share in ("0.5", True):
+        with pytest.raises(ValueError, match=f"mha_sparsity: must be at least 0 and below 1, got {share!r}"):
+            parse_auto_slim_config(ResNet(), mha_sparsity=share)
     with pytest.raises(ValueError, match="dataloader: has no batch"):
         parse_auto_slim_config(ResNet(), [], ffn2_sparsity=0.5)
 
