@@ -3,6 +3,8 @@
 import copy
 import itertools
 import re
+import subprocess
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ from pruning_core import Pruning
 from pruning_core.criteria import fold_lines
 from pruning_core.patterns import parse_pattern
 from pruning_core.selection import Layout, Target, family, is_transformers_conv1d, targets_of, unwrap
+from tests.support import ROOT
 
 
 class Case(NamedTuple):
@@ -683,6 +686,34 @@ def test_a_mask_of_torch_prune_on_a_tied_weight():
     assert spared(pruner)["b"] == "its weight is computed from a.weight, which is b.weight_orig too"
     assert torch.equal(model.a.weight, before)
     assert spared(began(model))["b"] == "pruned as a.weight by pruning_configs[0]"
+
+
+def test_what_a_sharded_weight_is_made_from(tmp_path):
+    """Each rank has a part of it, but the mask, or the length, of the whole: it stays dense and is listed."""
+    script = """
+import sys
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrizations, prune
+from pruning_core import Pruning
+
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+layers = [nn.Linear(8, 8) for _ in range(3)]
+parametrizations.weight_norm(layers[1])
+prune.l1_unstructured(layers[2], "weight", 0.5)
+pruner = Pruning({"pattern": "1x1"})
+pruner.model = fully_shard(nn.Sequential(*layers), mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+pruner.on_train_begin()
+print(list(pruner.masks()), [(row.name, row.note) for row in pruner.report().dense])
+dist.destroy_process_group()
+"""
+    run = [sys.executable, "-c", script, str(tmp_path / "store")]
+    result = subprocess.run(run, check=False, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.returncode == 0, result.stderr
+    note = "its weight is computed from a sharded parameter"
+    dense = [("1.parametrizations.weight.original0", note), ("1.parametrizations.weight.original1", note)]
+    assert result.stdout == f"{['0.weight']} {[*dense, ('2.weight_orig', note)]}\n"
 
 
 def test_the_report_counts_a_tied_weight_once():

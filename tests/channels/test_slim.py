@@ -1,11 +1,13 @@
 """``pc.slim``: trace, plan, cut, verify and report in one call; on any error nothing has changed."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import parametrizations
 
 import pruning_core as pc
 from tests.channels.test_planner import BATCH, DATA, IMAGES, net
@@ -97,6 +99,63 @@ def test_a_mistake_changes_nothing(arguments, message):
     with pytest.raises((ValueError, RuntimeError), match=message):
         pc.slim(model, *arguments)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def quiet(make, *arguments):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript and the old norms are deprecated
+        return make(*arguments)
+
+
+class Memory(nn.Module):
+    """An LSTM whose biases are ``bias`` of it: two parameters that are views of one tensor, or share its memory."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.inner, self.lstm, self.out = nn.Linear(8, 8), nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 4)
+        whole = torch.zeros(32 if shared else 64)
+        self.lstm.bias_ih_l0, self.lstm.bias_hh_l0 = nn.Parameter(whole[:32]), nn.Parameter(whole[-32:])
+
+    def forward(self, x):
+        return self.out(self.lstm(self.inner(x))[0])
+
+
+def around(layer):
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), layer, nn.ReLU(), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: around(torch.jit.script(nn.Linear(8, 8))),
+            r"^2: is TorchScript, whose operations cannot be",
+        ),
+        (lambda: around(torch.jit.trace(nn.Linear(8, 8), torch.ones(1, 8))), "^2: is TorchScript"),
+        (lambda: torch.jit.script(around(nn.Tanh())), "^model: is TorchScript"),
+        (lambda: around(nn.utils.spectral_norm(nn.Linear(8, 8))), r"no channel can be removed: meets a weight"),
+        (
+            lambda: around(parametrizations.spectral_norm(nn.Linear(8, 8))),
+            "no channel can be removed: an operation",
+        ),
+        (
+            lambda: around(parametrizations.orthogonal(nn.Linear(8, 8))),
+            "no channel can be removed: meets a weight",
+        ),
+        (lambda: Memory(shared=True), r"no channel can be removed: its code does not follow \(lstm"),
+    ],
+    ids=["scripted", "traced", "whole", "spectral of old", "spectral", "orthogonal", "shared biases"],
+)
+def test_what_cannot_be_cut_says_why_in_one_line(make, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        pc.slim(quiet(make), {"params": 0.8}, torch.randn(2, 5, 8))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recurrent_layer_of_views_of_one_bias_is_cut():
+    model = Memory(shared=False)
+    assert pc.slim(model, {"params": 0.8}, torch.randn(2, 5, 8)).cut.difference < 1e-6
+    assert model.lstm.hidden_size < 8
 
 
 def test_a_misspelt_option_is_named():
