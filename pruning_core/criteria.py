@@ -45,6 +45,10 @@ class Criterion(ABC):
 
     ``needs_gradient``: ``score`` is read in the step, before the optimizer; otherwise when masks change.
 
+    ``elementwise``: each number that ``score``, ``each_step`` and ``finish`` return depends on the same place of their
+    arguments alone, so that a large weight may be scored in parts. It is not inherited by a class that overrides one of
+    them.
+
     ``accumulates``: the running score ``S <- a S + b x`` over all steps up to the last mask change counts, not the last
     step alone (masks; ``a`` and ``b`` are the options ``momentum_decay`` and ``momentum_gain``). Channels always add up
     the batches that they are given. ``degree``: the power of the gradient in a step's score, by which a loss scale is
@@ -53,12 +57,18 @@ class Criterion(ABC):
     """
 
     needs_gradient: bool = True
+    elementwise: bool = False
     accumulates: bool = False
     degree: int = 1
     needs: str = ""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
+
+    def __init_subclass__(cls) -> None:
+        own = vars(cls)
+        if "elementwise" not in own and not own.keys().isdisjoint(["score", "each_step", "finish"]):
+            cls.elementwise = False
 
     @abstractmethod
     def score(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
@@ -90,6 +100,7 @@ class Magnitude(Criterion):
     """``|w|``; a unit has the sum (l1)."""
 
     needs_gradient = False
+    elementwise = True
 
     def score(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
         return _wide(weight).abs()
@@ -100,6 +111,7 @@ class L2(Criterion):
     """``w^2``; a unit has the sum, its squared l2 norm."""
 
     needs_gradient = False
+    elementwise = True
 
     def score(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
         return _wide(weight).square()
@@ -109,6 +121,8 @@ class L2(Criterion):
 class Gradient(Criterion):
     """``|g|`` of the last step before the cut."""
 
+    elementwise = True
+
     def score(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
         assert gradient is not None
         return _wide(gradient).abs()
@@ -117,6 +131,8 @@ class Gradient(Criterion):
 @CRITERIA.add("snip")
 class Snip(Criterion):
     """``|w g|`` of the last step before the cut (Lee, Ajanthan & Torr 2019, arXiv:1810.02340, eq. 6)."""
+
+    elementwise = True
 
     def score(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
         assert gradient is not None
@@ -138,6 +154,7 @@ class Taylor(Criterion):
     """
 
     accumulates = True
+    elementwise = True
 
     def score(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
         assert gradient is not None
@@ -156,6 +173,7 @@ class Fisher(Taylor):
     """
 
     degree = 2
+    elementwise = True
 
     def each_step(self, total: Tensor) -> Tensor:
         return total.square()
@@ -173,6 +191,7 @@ class Random(Criterion):
     """
 
     needs_gradient = False
+    elementwise = True
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)

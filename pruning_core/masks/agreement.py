@@ -8,23 +8,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pruning_core.masks.bits import parts
 from pruning_core.masks.groups import MaskGroup
 from pruning_core.masks.progressive import ProgressiveGroup
 from pruning_core.masks.sharding import local
-from pruning_core.masks.weight import MaskedWeight, checksum
+from pruning_core.masks.weight import MaskedWeight
 
 
 def non_finite(gradients: Sequence[Tensor], groups: Sequence[MaskGroup]) -> Tensor:
     """Bool scalar on the gradients' device: whether any entry is inf or nan, on any rank that holds a shard.
 
-    One read of the gradients: a sum is finite only if all its terms are.
+    One read of the gradients: a sum is finite only if all its terms are. By parts, since half precision is copied.
     """
     sums = []
     for gradient in gradients:
         values = local(gradient.detach())
         values = values._values() if values.is_sparse else values
         wide = torch.promote_types(values.dtype, torch.float32)
-        sums.append(values.sum(dtype=wide))
+        rows = values if values.dim() else values.unsqueeze(0)
+        sums += [rows[part].sum(dtype=wide) for part in parts(rows.shape, rows.device)]
     ranks = next((group.ranks for group in groups if group.ranks is not None), None)
     device = sums[0].device if sums else groups[0].weights[0].keep.device
     flag = torch.tensor(False, device=device)
@@ -66,12 +68,12 @@ def compare_ranks(groups: Sequence[MaskGroup], now: int, repair: bool) -> None:
 
 
 def _checksum(weight: MaskedWeight) -> int:
-    kept = checksum(weight.keep)
-    return kept if weight.whole_units is weight.keep else kept << 31 ^ checksum(weight.whole_units)
+    kept = weight.keep.checksum()
+    return kept if weight.whole_units is weight.keep else kept << 31 ^ weight.whole_units.checksum()
 
 
 def _copy_from_first(weight: MaskedWeight) -> None:
-    for tensor in (weight.keep, weight.whole_units, weight.score, weight.weight()):
+    for tensor in (weight.keep.packed, weight.whole_units.packed, weight.score, weight.weight()):
         if tensor is not None:
             whole = tensor.contiguous()
             dist.broadcast(whole, 0)

@@ -13,8 +13,9 @@ Masks are yielded layer by layer. Everything is decided before the first, so the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple, Protocol
 
 import torch
@@ -25,6 +26,8 @@ Bound = float | Sequence[float]
 
 LEVELS = ((20, 12), (10, 10), (0, 10))
 """(shift, bits) of the three digits of a 32 bit key."""
+HELD = 4
+"""Keys of up to 1/16 of a layer's weights are kept from the second digit to the third; beyond, they are read again."""
 
 
 class Ranks(Protocol):
@@ -42,8 +45,8 @@ class Ranks(Protocol):
 class Ranked:
     """One layer as the ranking sees it.
 
-    - ``keys``: returns ``sortable`` scores of the units that this rank owns, flat, in index order, cut units first.
-      Called once per digit, so that only one layer's scores are in memory at a time.
+    - ``keys``: yields ``sortable`` scores of the units that this rank owns, flat, in index order, cut units first, in
+      one or more parts. Called once per digit, so that only one part's scores are in memory at a time.
     - ``sizes``: weights per unit, one number or a flat int64 tensor beside the scores.
     - ``weights``: number of weights of the layer, over all ranks.
     - ``capacity``: number of its weights that are in units, over all ranks.
@@ -51,7 +54,7 @@ class Ranked:
     """
 
     name: str
-    keys: Callable[[], Tensor]
+    keys: Callable[[], Iterable[Tensor]]
     sizes: int | Tensor
     weights: int
     capacity: int
@@ -63,6 +66,13 @@ class Ranked:
         if isinstance(self.sizes, int):
             return self.sizes
         return self.largest or (int(self.sizes.max()) if self.sizes.numel() else 1)
+
+    def parts(self) -> Iterator[tuple[Tensor, int | Tensor]]:
+        """``keys`` with the sizes beside them."""
+        at = 0
+        for keys in self.keys():
+            yield keys, self.sizes if isinstance(self.sizes, int) else self.sizes[at : at + len(keys)]
+            at += len(keys)
 
 
 def sortable(scores: Tensor, at_end: Tensor | None = None, first: bool = True) -> Tensor:
@@ -179,9 +189,10 @@ def _descend(layers: Sequence[Ranked], meets: Callable[[Tensor], Tensor], ranks:
     """Finds the keys digit by digit. ``meets``: counts (layers, digits) up to each digit -> one digit per layer."""
     if not layers:
         return []
+    candidates = [_Candidates(layer) for layer in layers]
     key, below, upto = (torch.zeros(len(layers), dtype=torch.int64) for _ in range(3))
     for level, (_, bits) in enumerate(LEVELS):
-        counts = torch.stack([_histogram(layer, int(key[i]), level) for i, layer in enumerate(layers)])
+        counts = torch.stack([each.histogram(int(key[i]), level) for i, each in enumerate(candidates)])
         counts = (ranks.sum_(counts) if ranks else counts).cpu()
         running = below.unsqueeze(1) + counts.cumsum(1)
         digit = meets(running).unsqueeze(1)
@@ -198,14 +209,38 @@ def _first(met: Tensor) -> Tensor:
     return met.to(torch.uint8).argmax(-1)
 
 
-def _histogram(layer: Ranked, prefix: int, level: int) -> Tensor:
-    """int64: weights per digit at this level, among the units whose higher digits are ``prefix``."""
-    keys, sizes = layer.keys(), layer.sizes
+class _Candidates:
+    """The units of a layer among which the cutoff is: all at first; those with its leading digits, while few."""
+
+    def __init__(self, layer: Ranked) -> None:
+        self._layer = layer
+        self._few: list[tuple[Tensor, int | Tensor]] | None = None
+
+    def histogram(self, prefix: int, level: int) -> Tensor:
+        """int64: weights per digit at this level, among the units whose higher digits are ``prefix``."""
+        parts = self._narrowed(prefix, level) if level else self._layer.parts()
+        return reduce(torch.add, (_counts(keys, sizes, level) for keys, sizes in parts))
+
+    def _narrowed(self, prefix: int, level: int) -> Iterator[tuple[Tensor, int | Tensor]]:
+        """The parts of the units whose higher digits are ``prefix``; held from then on, if they are few."""
+        held, count = None, 0
+        for keys, sizes in self._layer.parts() if self._few is None else self._few:
+            chosen = (keys >> LEVELS[level - 1][0]) == _signed(prefix, level - 1)
+            keys, sizes = keys[chosen], sizes[chosen] if isinstance(sizes, Tensor) else sizes
+            yield keys, sizes
+            if held is None:  # one block, since many small ones would hold the pages around them
+                held = keys.new_empty((1 if isinstance(sizes, int) else 2, self._layer.weights >> HELD))
+            room = held[:, count : count + len(keys)]
+            count += len(keys)
+            if room.shape[1] == len(keys):
+                room[0], room[1:] = keys, sizes
+        if held is not None and count <= held.shape[1]:
+            self._few = [(held[0, :count], held[1, :count] if len(held) == 2 else self._layer.sizes)]
+
+
+def _counts(keys: Tensor, sizes: int | Tensor, level: int) -> Tensor:
+    """int64: weights per digit at this level."""
     shift, bits = LEVELS[level]
-    if level:
-        chosen = (keys >> LEVELS[level - 1][0]) == _signed(prefix, level - 1)
-        keys = keys[chosen]
-        sizes = sizes[chosen] if isinstance(sizes, Tensor) else sizes
     digits = (keys >> shift) & ((1 << bits) - 1) if level else (keys >> shift) + (1 << (bits - 1))
     if isinstance(sizes, Tensor):
         return torch.bincount(digits, weights=sizes, minlength=1 << bits).round().long()
@@ -225,25 +260,27 @@ def _cut_at(
     rooms = [amount - cutoff.below for amount, cutoff in zip(amounts, cutoffs, strict=True)]
     if ranks is not None and layers:
         ties = [_ties(layer, cutoff.key) for layer, cutoff in zip(layers, cutoffs, strict=True)]
-        earlier = ranks.before(torch.tensor(ties, device=layers[0].keys().device)).tolist()
+        device = next(iter(layers[0].keys())).device
+        earlier = ranks.before(torch.tensor(ties, device=device)).tolist()
         rooms = [room - before for room, before in zip(rooms, earlier, strict=True)]
     return map(_cut, layers, [cutoff.key for cutoff in cutoffs], rooms)
 
 
 def _ties(layer: Ranked, key: int) -> int:
     """Number of this rank's weights exactly at the cutoff."""
-    tied = layer.keys() == _signed(key, len(LEVELS) - 1)
-    return int(layer.sizes[tied].sum()) if isinstance(layer.sizes, Tensor) else int(tied.sum()) * layer.sizes
+    exact = _signed(key, len(LEVELS) - 1)
+    return sum(int(((keys == exact) * sizes).sum()) for keys, sizes in layer.parts())
 
 
 def _cut(layer: Ranked, key: int, room: int) -> Tensor:
-    keys, exact = layer.keys(), _signed(key, len(LEVELS) - 1)
-    cut = keys < exact
-    if room > 0:
-        tied = (keys == exact).nonzero().squeeze(1)
-        if isinstance(layer.sizes, Tensor):
-            tied = tied[layer.sizes[tied].cumsum(0) <= room]
-        else:
-            tied = tied[: room // layer.sizes]
-        cut[tied] = True
-    return cut
+    exact = _signed(key, len(LEVELS) - 1)
+    cuts = []
+    for keys, sizes in layer.parts():
+        cut = keys < exact
+        if room > 0:
+            tied = (keys == exact).nonzero().squeeze(1)
+            taken = (sizes[tied] if isinstance(sizes, Tensor) else torch.full_like(tied, sizes)).cumsum(0)
+            cut[tied[taken <= room]] = True
+            room -= int(taken[-1]) if len(taken) else 0  # below 0 where one did not fit: none after it is cut
+        cuts.append(cut)
+    return torch.cat(cuts)

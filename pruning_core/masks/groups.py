@@ -13,7 +13,8 @@ from torch import Tensor
 from pruning_core.masks.budget import Ranked, cut_apart, cut_within, limits, sortable
 from pruning_core.masks.options import PrunerOptions
 from pruning_core.masks.sharding import agree, common_group
-from pruning_core.masks.weight import MaskedWeight, pack, to_plain, unpack
+from pruning_core.masks.strips import Strip
+from pruning_core.masks.weight import MaskedWeight, to_plain
 from pruning_core.selection import Skipped
 
 
@@ -137,20 +138,17 @@ class MaskGroup:
         for weight, cut in zip(weights, self._verdicts(weights, cuts), strict=True):
             weight.cut_units_(cut)
 
-    def _unit_scores(self, weights: Sequence[MaskedWeight]) -> list[Callable[[], Tensor]]:
-        """Per weight a function that returns its unit scores, complete over all ranks."""
-        if self.ranks is None:
-            return [
-                partial(_unit_scores, weight) if weight.folds_fast else partial(_same, _unit_scores(weight))
-                for weight in weights
-            ]
-        grids = [weight.unit_sums().clone() for weight in weights]
+    def _unit_scores(self, weights: Sequence[MaskedWeight]) -> list[Callable[[Strip], Tensor]]:
+        """Per weight a function that returns the unit scores of a strip, complete over all ranks."""
+        shared = [weight for weight in weights if weight.place.shares_units]
+        grids = [weight.join([weight.unit_sums(strip) for strip in weight.strips]) for weight in shared]
         operation: Literal["sum", "max"] = "max" if self.options.criterion_reduce_type == "max" else "sum"
-        agree(grids, [weight.place for weight in weights], operation)
-        return [partial(_same, weight.finish_units(grid)) for weight, grid in zip(weights, grids, strict=True)]
+        agree(grids, [weight.place for weight in shared], operation)
+        complete = {id(weight): weight.finish_units(grid) for weight, grid in zip(shared, grids, strict=True)}
+        return [partial(_unit_scores, weight, complete.get(id(weight))) for weight in weights]
 
     def _layers(
-        self, weights: Sequence[MaskedWeight], unit_scores: Sequence[Callable[[], Tensor]] = ()
+        self, weights: Sequence[MaskedWeight], unit_scores: Sequence[Callable[[Strip], Tensor]] = ()
     ) -> list[Ranked]:
         layers = []
         for i, weight in enumerate(weights):
@@ -163,20 +161,20 @@ class MaskGroup:
 
     def _verdicts(self, weights: Sequence[MaskedWeight], cuts: Iterator[Tensor]) -> Iterator[Tensor]:
         """Flat verdicts on a rank's own units -> grids that also hold its neighbours' verdicts on shared units."""
-        if self.ranks is None:
-            return (weight.unflat(cut, weight.alive()) for weight, cut in zip(weights, cuts, strict=True))
+        if not any(weight.place.shares_units for weight in weights):
+            return (weight.unflat(cut, weight.grid) for weight, cut in zip(weights, cuts, strict=True))
         grids = []
         for weight, cut in zip(weights, cuts, strict=True):
-            grid = weight.alive().to(torch.int8).zero_()
+            grid = torch.zeros(weight.grid, dtype=torch.int8, device=cut.device)
             mine = weight.owned(grid)
-            mine.copy_(weight.unflat(cut, mine))
+            mine.copy_(weight.unflat(cut, mine.shape))
             grids.append(grid)
         agree(grids, [weight.place for weight in weights], "sum")
         return (grid != 0 for grid in grids)
 
     def count_cut(self) -> int:
         """Number of weights taking part that the masks cut, over all ranks."""
-        count = torch.stack([(weight.keep == 0).sum() for weight in self.taking_part]).sum()
+        count = torch.stack([weight.keep.count_cut() for weight in self.taking_part]).sum()
         return int(self.ranks.sum_(count) if self.ranks else count)
 
     def apply_(self, params: Collection[int] | None = None) -> None:
@@ -197,7 +195,7 @@ class MaskGroup:
 
     def _weight_state(self, weight: MaskedWeight) -> dict[str, Any]:
         score = {"score": to_plain(weight.score), "observed": weight.observed}
-        return {"keep": pack(weight.keep), **score, "shape": list(weight.shape)}
+        return {"keep": weight.keep.packed.cpu().clone(), **score, "shape": list(weight.shape)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores progress, masks and scores; the weights do not change."""
@@ -207,24 +205,21 @@ class MaskGroup:
             self._load_weight(weight, state["weights"][weight.target.name])
 
     def _load_weight(self, weight: MaskedWeight, state: dict[str, Any]) -> None:
-        weight.keep.copy_(unpack(state["keep"], weight.keep))
+        weight.keep.load_(state["keep"])
         score, weight.observed = state["score"], state["observed"]
         weight.score = None if score is None else score.to(weight.keep.device, copy=True)
 
 
-def _unit_keys(weight: MaskedWeight, unit_scores: Callable[[], Tensor]) -> Tensor:
-    """Keys of the units that this rank owns; those cut already come first, so that nothing grows back."""
-    dead = ~weight.flat(weight.owned(weight.alive()))
-    return sortable(weight.flat(weight.owned(unit_scores())), dead)
+def _unit_keys(weight: MaskedWeight, unit_scores: Callable[[Strip], Tensor]) -> Iterator[Tensor]:
+    """Per strip, keys of the units that this rank owns; those cut already come first, so that nothing grows back."""
+    for strip, alive in zip(weight.strips, weight.alive(), strict=True):
+        dead = ~weight.flat(weight.owned(alive, strip))
+        yield sortable(weight.flat(weight.owned(unit_scores(strip), strip)), dead)
 
 
-def _unit_scores(weight: MaskedWeight) -> Tensor:
-    return weight.finish_units(weight.unit_sums())
+def _unit_scores(weight: MaskedWeight, complete: Tensor | None, strip: Strip) -> Tensor:
+    return weight.finish_units(weight.unit_sums(strip)) if complete is None else strip.of_grid(complete)
 
 
-def _same(grid: Tensor) -> Tensor:
-    return grid
-
-
-def _no_scores() -> Tensor:
+def _no_scores(strip: Strip) -> Tensor:
     raise AssertionError("limits look at sizes alone")

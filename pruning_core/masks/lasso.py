@@ -25,7 +25,7 @@ def shrink_(group: MaskGroup, params: Collection[int] | None, optimizer: Optimiz
     weights = [w for w in group.weights if params is None or id(w.target.parameter) in params]
     squares = []
     for weight in weights:
-        square = weight.view(weight.weight().square())
+        square = weight.place.layout.view(weight.weight().square())
         squares.append(weight.pattern.fold(square, weight.place.region, "sum"))
     agree(squares, [weight.place for weight in weights], "sum")
     for weight, square in zip(weights, squares, strict=True):

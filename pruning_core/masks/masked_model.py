@@ -12,7 +12,6 @@ from pruning_core.masks.groups import MaskGroup
 from pruning_core.masks.options import PrunerOptions
 from pruning_core.masks.report import SparsityReport, report_of
 from pruning_core.masks.sharding import local, reshard
-from pruning_core.masks.weight import mask_
 from pruning_core.selection import unwrap
 
 
@@ -90,13 +89,13 @@ class MaskedModel(ABC):
                     raise ValueError(
                         f"mask_: {weight.target.name} is not in that model, got {got}; pass a copy, sharded alike"
                     )
-                mask_(local(parameter.detach()), weight.keep.to(parameter.device))
+                weight.keep.to(parameter.device).apply_(local(parameter.detach()))
         return other
 
     def masks(self) -> dict[str, Tensor]:
         """State-dict key -> bool mask, True = kept (the local shard under ``fully_shard``)."""
         self._check_built("masks")
-        return {w.target.name: w.keep != 0 for group in self._groups for w in group.weights}
+        return {w.target.name: w.keep.whole() for group in self._groups for w in group.weights}
 
     def report(self) -> SparsityReport:
         """Asked and reached sparsity per layer, counted from the weights; collective under ``fully_shard``."""

@@ -20,8 +20,10 @@ class LockedGroup(MaskGroup):
         super().__init__(where, options, weights, skipped)
         self.updated_at = self.table.end
         for weight in weights:
-            weight.keep.copy_((weight.weight() != 0).to(torch.int8).neg_())
-        if not any(bool((weight.keep == 0).any()) for weight in weights) and self.ranks is None:
+            here = weight.weight()
+            for rows in weight.rows:
+                weight.keep.keep_only_(rows.of(here) != 0, weight.span(rows)[0])
+        if not any(bool(weight.keep.count_cut()) for weight in weights) and self.ranks is None:
             warnings.warn(f"{where}: pattern_lock found no zero weight; nothing is locked", stacklevel=2)
 
     def check_limits(self) -> None:
@@ -29,7 +31,7 @@ class LockedGroup(MaskGroup):
 
     def sparsity(self, now: int) -> float:
         """The share of locked zeros, over all ranks, at any step."""
-        zeros = torch.tensor(sum(int((weight.keep == 0).sum()) for weight in self.weights))
+        zeros = torch.tensor(sum(int(weight.keep.count_cut()) for weight in self.weights))
         if self.ranks is not None:
             self.ranks.sum_(zeros := zeros.to(self.weights[0].keep.device))
         return int(zeros) / max(self.total, 1)

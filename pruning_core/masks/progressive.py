@@ -7,16 +7,19 @@ the unit: ``linear``). At ``end_step`` the structured mask is applied whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pruning_core.masks.bits import Bits
 from pruning_core.masks.budget import Ranked, cut_apart, cut_within, share_of, sortable
 from pruning_core.masks.groups import MaskGroup
 from pruning_core.masks.options import PrunerOptions
-from pruning_core.masks.weight import MaskedWeight, pack, unpack
+from pruning_core.masks.strips import Strip
+from pruning_core.masks.weight import MaskedWeight
 from pruning_core.selection import Skipped
 
 
@@ -28,7 +31,7 @@ class ProgressiveGroup(MaskGroup):
         self.structured_at = -1  # the structured update whose units are being cut
         self.doomed = [0] * len(weights)  # elements that it doomed, per target, over all ranks
         for weight in weights:
-            weight.whole_units = weight.keep.clone()
+            weight.whole_units = weight.keep.to(weight.keep.device)
 
     def _portion_steps(self) -> list[int]:
         """The steps at which the portions of the current structured update are due."""
@@ -64,14 +67,11 @@ class ProgressiveGroup(MaskGroup):
     def _finish(self) -> None:
         """Applies the structured mask whole."""
         for weight in self.weights:
-            weight.keep.bitwise_and_(weight.whole_units)
-
-    def _remaining(self, weight: MaskedWeight) -> Tensor:
-        """Bool, stored shape: doomed and not cut yet."""
-        return (weight.keep != 0) & (weight.whole_units == 0)
+            weight.keep.intersect_(weight.whole_units)
 
     def _count_doomed(self) -> list[int]:
-        counts = torch.stack([self._remaining(weight).sum() for weight in self.weights])
+        """Per weight, over all ranks: how many of its elements are doomed and not cut yet."""
+        counts = torch.stack([_remaining(weight).count_kept() for weight in self.weights])
         return (self.ranks.sum_(counts) if self.ranks else counts).tolist()
 
     def _cut_portions(self, portions: int) -> None:
@@ -80,7 +80,7 @@ class ProgressiveGroup(MaskGroup):
         if not any(left):
             return
         layers = [
-            Ranked(weight.target.name, self._order(weight), 1, weight.weights, remaining)
+            Ranked(weight.target.name, partial(self._order, weight), 1, weight.weights, remaining)
             for weight, remaining in zip(self.weights, left, strict=True)
         ]
         part = portions / self.options.progressive_steps
@@ -93,28 +93,25 @@ class ProgressiveGroup(MaskGroup):
                 layers, [max(share_of(part, d) - g, 0) for d, g in zip(self.doomed, gone, strict=True)], ranks
             )
         for weight, cut in zip(self.weights, cuts, strict=True):
-            kept = weight.unflat(~cut, weight.view(weight.keep))
-            weight.keep.mul_(weight.place.layout.store(kept, weight.shape))
+            for rows in weight.rows:
+                first, count = weight.span(rows)
+                weight.keep.keep_only_(~cut[first : first + count], first)
 
-    def _order(self, weight: MaskedWeight) -> Callable[[], Tensor]:
-        """Sort keys that put the remaining doomed weights first, in the order in which they are cut."""
-
-        def keys() -> Tensor:
-            scored = weight.score is not None or not self.options.criterion.needs_gradient
-            if self.options.progressive_type == "linear" or not scored:
-                order = _positions(weight)
-            else:
-                order = weight.view(weight.element_scores())
-            return sortable(weight.flat(order), weight.flat(weight.view(~self._remaining(weight))), first=False)
-
-        return keys
+    def _order(self, weight: MaskedWeight) -> Iterator[Tensor]:
+        """Per strip of rows, sort keys that put the remaining doomed weights first, in the order of their cutting."""
+        scored = weight.score is not None or not self.options.criterion.needs_gradient
+        linear = self.options.progressive_type == "linear" or not scored
+        remaining = _remaining(weight)
+        for rows in weight.rows:
+            order = _positions(rows, weight.keep.device) if linear else rows.layout.view(weight.element_scores(rows))
+            yield sortable(weight.flat(order), ~remaining.kept(*weight.span(rows)), first=False)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of a ``MaskGroup``, with structured masks and the progress of the portions."""
         return {**super().state_dict(), "structured_at": self.structured_at, "doomed": list(self.doomed)}
 
     def _weight_state(self, weight: MaskedWeight) -> dict[str, Any]:
-        return {**super()._weight_state(weight), "whole_units": pack(weight.whole_units)}
+        return {**super()._weight_state(weight), "whole_units": weight.whole_units.packed.cpu().clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores ``state_dict``."""
@@ -123,15 +120,20 @@ class ProgressiveGroup(MaskGroup):
 
     def _load_weight(self, weight: MaskedWeight, state: dict[str, Any]) -> None:
         super()._load_weight(weight, state)
-        weight.whole_units.copy_(unpack(state["whole_units"], weight.whole_units))
+        weight.whole_units.load_(state["whole_units"])
 
 
-def _positions(weight: MaskedWeight) -> Tensor:
+def _remaining(weight: MaskedWeight) -> Bits:
+    """The elements that are doomed and not cut yet."""
+    return weight.keep.without(weight.whole_units)
+
+
+def _positions(rows: Strip, device: torch.device) -> Tensor:
     """(G, O, K, I): the position of each weight in its unit, in [0, 1)."""
-    region = weight.place.region
-    position = torch.zeros((), device=weight.keep.device)
+    region = rows.region
+    position = torch.zeros((), device=device)
     for length, start, extent in zip(region.local, region.start, region.extents, strict=True):
-        inside = (torch.arange(start, start + length, device=weight.keep.device) % extent).float()
+        inside = (torch.arange(start, start + length, device=device) % extent).float()
         position = position.unsqueeze(-1) * extent + inside
     size = 1
     for extent in region.extents:

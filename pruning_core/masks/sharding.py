@@ -116,6 +116,11 @@ class Place(NamedTuple):
     region: Region
     slice: Slice | None = None
 
+    @property
+    def shares_units(self) -> bool:
+        """Whether a unit spans a border between ranks."""
+        return self.slice is not None and bool(self.slice.crossing(self.region.extents[self.slice.axis]))
+
 
 def place(name: str, parameter: Tensor, layout: Layout, pattern: Pattern) -> Place:
     """Where the local part of a parameter lies; ValueError where the pattern does not fit the shards."""

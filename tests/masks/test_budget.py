@@ -20,17 +20,17 @@ def layer(scores, sizes=1):
     flat = torch.tensor(scores, dtype=torch.float32)
     total = sizes * len(scores) if isinstance(sizes, int) else sum(sizes)
     sizes = sizes if isinstance(sizes, int) else torch.tensor(sizes)
-    return Ranked("layer", lambda: sortable(flat), sizes, total, total)
+    return Ranked("layer", lambda: sortable(flat).split(7), sizes, total, total)
 
 
 def sorted_cut(layers, asked):
     """The units in the order (score, layer, index), as many as fit into ``asked`` weights one after the other."""
     units = []
     for i, each in enumerate(layers):
-        scores = each.keys().tolist()
+        scores = torch.cat(each.keys()).tolist()
         sizes = [each.sizes] * len(scores) if isinstance(each.sizes, int) else each.sizes.tolist()
         units += [(score, i, j, size) for j, (score, size) in enumerate(zip(scores, sizes, strict=True))]
-    cuts = [torch.zeros(each.keys().numel(), dtype=torch.bool) for each in layers]
+    cuts = [torch.zeros(sum(map(len, each.keys())), dtype=torch.bool) for each in layers]
     for _, i, j, size in sorted(units):
         if size > asked:
             break
@@ -72,7 +72,7 @@ def test_units_of_different_sizes_without_ties(data, share):
         order = data.draw(st.permutations(range(n)))
         layers.append(layer([float(base + 4 * k) for k in order], sizes))
     asked = share_of(share, sum(each.weights for each in layers))
-    scores = torch.cat([each.keys() for each in layers]).tolist()
+    scores = torch.cat([part for each in layers for part in each.keys()]).tolist()
     cuts = list(cut_together(layers, share, 0.0, 1.0))
     if len(set(scores)) == len(scores):
         for cut, expected in zip(cuts, sorted_cut(layers, asked), strict=True):

@@ -249,7 +249,7 @@ def test_the_guard_can_fail():
     """made_of_whole_units notices a broken mask."""
     pruner = run({"pruning_type": "magnitude", "pattern": "4x1"}, steps=1)
     weight = pruner._groups[0].weights[-1]
-    dead = (weight.keep == 0).nonzero()[0]
-    weight.keep[tuple(dead)] = -1
+    dead = int((~weight.keep.whole()).flatten().nonzero()[0])
+    weight.keep.packed[dead // 8] |= 1 << dead % 8
     with pytest.raises(AssertionError):
         made_of_whole_units(pruner)

@@ -356,7 +356,8 @@ def _spoil_weight(training: Training) -> None:
 
 
 def _spoil_mask(training: Training) -> None:
-    training.pruner._groups[0].weights[1].keep[0] = 0
+    weight = training.pruner._groups[0].weights[1]
+    weight.keep.keep_only_(torch.zeros(weight.shape[1:], dtype=torch.bool))
 
 
 SPOILED = {"gradient": _spoil_gradient, "weight": _spoil_weight, "mask": _spoil_mask}
