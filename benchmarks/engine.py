@@ -1,4 +1,4 @@
-"""Cost of the masking engine: mask updates, hooks per step, memory; beside AdamW and beside Neural Compressor 2.6.
+"""Cost of the masking engine: mask updates, hooks per step, memory; beside AdamW and beside a peer.
 
     python -m benchmarks.engine [--peer-python PATH] [--json FILE] [--repeats N] [--peer-repeats N]
                                 [--cases bert-base/4x1,yolov5s/1x1] [--allocator steady|system]
@@ -7,7 +7,8 @@ Every case runs in fresh processes of one thread: ``--repeats`` of them for CPU 
 one for memory; the peer's take turns with ours. ``benchmarks.measure`` says what is measured and how. The bars are
 upper limits for our own figures, in CPU seconds, in ``AdamW.step``s of default settings, or in MiB.
 
-The peer needs an environment of its own::
+The peer of llama-1b is torch.ao, which torch brings. That of the others is Neural Compressor 2.6, which needs an
+environment of its own::
 
     uv venv peer --python 3.11
     uv pip install --python peer/bin/python neural-compressor==2.6 six 'setuptools<81' 'numpy<2' 'transformers<5' torch
@@ -38,8 +39,10 @@ CASES = (
     Case("bert-base", "1x1", 0.8),
     Case("bert-base", "2:4", 0.5),
     Case("bert-base", "channelx1", 0.8),
+    Case("llama-1b", "2:4", 0.5, criterion="magnitude", dtype="bfloat16", every=4, cooldown=3),
 )
 WHAT = {
+    "begin": "on_train_begin",
     "update_mid": "mask update, halfway",
     "update_end": "mask update, final",
     "window": "hooks per step, in the window",
@@ -54,23 +57,31 @@ def name_of(case: Case) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """The most that our figure may be: CPU seconds, a multiple of AdamW.step, MiB above the level before."""
+    """The most that our figure may be: CPU seconds or ns a weight, ``AdamW.step``s; MiB or multiples of the model.
+
+    Memory is counted above the level before.
+    """
 
     seconds: float | None = None
+    ns: float | None = None
     adamw: float | None = None
     mib: float | None = None
+    model: float | None = None
 
     def __str__(self) -> str:
-        parts = [(self.seconds, "{:g} s"), (self.adamw, "{:g} x AdamW"), (self.mib, "+{:g} MiB")]
+        time = [(self.seconds, "{:g} s"), (self.ns, "{:g} ns a weight"), (self.adamw, "{:g} x AdamW")]
+        parts = [*time, (self.mib, "+{:g} MiB"), (self.model, "+{:g} x model")]
         return ", ".join(text.format(value) for value, text in parts if value is not None)
 
 
 def bar(case: Case, row: str) -> Bar:
+    if case.model == "llama-1b":
+        return Bar(ns=20, model=0.2) if row.startswith("update") else Bar(model=0.1)
     bert_4x1 = (case.model, case.pattern) == ("bert-base", "4x1")
     if row == "cooldown":
         return Bar(adamw=0.35)
-    if row == "window":
-        return Bar(adamw=0.7) if bert_4x1 else Bar()
+    if row in ("begin", "window"):
+        return Bar(adamw=0.7) if bert_4x1 and row == "window" else Bar()
     if bert_4x1:
         return Bar(seconds=1.0, mib=64)
     return Bar(seconds=0.2) if case.model == "yolov5s" else Bar()
@@ -87,26 +98,30 @@ class Row:
     adamw: float
     adamw_fused: float
     mib: float
+    model: float
     peer_seconds: float | None = None
     peer_adamw: float | None = None
     peer_mib: float | None = None
+    peer_model: float | None = None
     peer_ratio: float | None = None
 
     def cells(self) -> list[str]:
         verdict = "" if self.met is None else " ok" if self.met else " OVER"
         ratios = [_number(x, "{:.2f} x") for x in (self.adamw, self.adamw_fused)]
-        ours = [_number(self.seconds, "{:.3f}"), self.bar + verdict, *ratios, _number(self.mib, "+{:.0f}")]
+        memory = [_number(self.mib, "+{:.0f}"), _number(self.model, "+{:.2f} x")]
+        ours = [_number(self.seconds, "{:.3f}"), self.bar + verdict, *ratios, *memory]
         peer = [
             _number(self.peer_seconds, "{:.3f}"),
             _number(self.peer_adamw, "{:.2f} x"),
             _number(self.peer_mib, "+{:.0f}"),
+            _number(self.peer_model, "+{:.2f} x"),
         ]
         return [self.what, *ours, *peer, _number(self.peer_ratio, "{:.1f} x")]
 
 
 HEADINGS = (
-    *("what", "ours, CPU-s", "bar", "/ AdamW", "/ fused AdamW", "ours, MiB"),
-    *("peer, CPU-s", "peer / AdamW", "peer, MiB", "peer / ours"),
+    *("what", "ours, CPU-s", "bar", "/ AdamW", "/ fused AdamW", "ours, MiB", "/ model"),
+    *("peer, CPU-s", "peer / AdamW", "peer, MiB", "peer / model", "peer / ours"),
 )
 
 
@@ -151,7 +166,9 @@ def rows(case: Case, sides: dict[str, dict[str, Any]]) -> list[Row]:
     for name, what in WHAT.items():
         seconds, mib = ours["time"][name], ours["memory"][name]
         adamw, limit = seconds / ours["time"]["adamw"], bar(case, name)
-        pairs = [(seconds, limit.seconds), (adamw, limit.adamw), (mib, limit.mib)]
+        ns, model = 1e9 * seconds / ours["time"]["weights"], mib / ours["memory"]["model_mib"]
+        times = [(seconds, limit.seconds), (ns, limit.ns), (adamw, limit.adamw)]
+        pairs = [*times, (mib, limit.mib), (model, limit.model)]
         asked = [value <= most for value, most in pairs if most is not None]
         beside: dict[str, float] = {}
         if peer is not None:
@@ -159,12 +176,13 @@ def rows(case: Case, sides: dict[str, dict[str, Any]]) -> list[Row]:
                 "peer_seconds": peer["time"][name],
                 "peer_adamw": peer["time"][name] / peer["time"]["adamw"],
                 "peer_mib": peer["memory"][name],
+                "peer_model": peer["memory"][name] / peer["memory"]["model_mib"],
                 "peer_ratio": peer["time"][name] / seconds,
             }
         met = all(asked) if asked else None
         fused = seconds / ours["time"]["adamw_fused"]
         label = f"{case.model} {case.pattern}: {what}"
-        lines.append(Row(label, seconds, str(limit), met, adamw, fused, mib, **beside))
+        lines.append(Row(label, seconds, str(limit), met, adamw, fused, mib, model, **beside))
     return lines
 
 
@@ -206,19 +224,21 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    sides = {"ours": (sys.executable, "ours", options.repeats)}
-    if options.peer_python:
-        # Not resolved: a virtual environment is known by the path of its link.
-        peer = str(Path(options.peer_python).absolute())
-        sides["peer"] = (peer, "peer_neural_compressor", options.peer_repeats)
     results, lines = [], []
     for case in [case for case in CASES if name_of(case) in options.cases]:
         print(f"{name_of(case)} ...", file=sys.stderr, flush=True)
+        sides = {"ours": (sys.executable, "ours", options.repeats)}
+        if case.model == "llama-1b":
+            sides["peer"] = (sys.executable, "peer_torch_ao", options.peer_repeats)
+        elif options.peer_python:
+            # Not resolved: a virtual environment is known by the path of its link.
+            peer = str(Path(options.peer_python).absolute())
+            sides["peer"] = (peer, "peer_neural_compressor", options.peer_repeats)
         results.append((case, side_by_side(case, sides, options.allocator == "steady")))
         lines += rows(*results[-1])
     print(markdown_table(HEADINGS, [line.cells() for line in lines]))
     print(json.dumps(about(results, options.allocator)))
-    if not options.peer_python:
+    if not options.peer_python and any(case.model != "llama-1b" for case, _ in results):
         print("The peer columns are empty. To fill them:", *PEER_COMMANDS, sep="\n    ")
     if options.json:
         cases = [{"case": asdict(case), **measured} for case, measured in results]

@@ -54,6 +54,8 @@ class Case:
     model: str
     pattern: str
     target: float
+    criterion: str = "snip_momentum"
+    dtype: str = "float32"
     every: int = 6
     cooldown: int = 6
     seed: int = 0
@@ -65,7 +67,7 @@ class Case:
         return {
             "target_sparsity": self.target,
             "pattern": self.pattern,
-            "pruning_type": "snip_momentum",
+            "pruning_type": self.criterion,
             "start_step": 0,
             "end_step": 2 * self.every,
             "pruning_frequency": self.every,
@@ -179,7 +181,11 @@ def main(make_pruner: Callable[[Case, nn.Module], Any], versions: Callable[[], d
     if any(os.environ.get(name) != value for name, value in ONE_THREAD.items()):
         raise SystemExit(f"set {ONE_THREAD}: the figures are for one thread")
     torch.set_num_threads(1)
-    model = build(case.model, case.seed)
+    model = build(case.model, case.seed, case.dtype)
+    size = {
+        "weights": sum(p.numel() for p in model.parameters()),
+        "model_mib": sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20,
+    }
     pruner = make_pruner(case, model)
-    pruner.on_train_begin()
-    print(json.dumps({**run(case, pruner, model), "versions": versions()}))
+    begin = (peak_mib if case.memory else cpu_seconds)(pruner.on_train_begin)
+    print(json.dumps({"begin": begin, **run(case, pruner, model), **size, "versions": versions()}))

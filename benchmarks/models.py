@@ -46,13 +46,19 @@ def bert_base() -> nn.Module:
     return nn.Sequential(*(nn.utils.skip_init(nn.Linear, i, o, bias=False) for i, o in block * 12))
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"yolov5s": yolov5s, "bert-base": bert_base}
+def llama_1b() -> nn.Module:
+    """TinyLlama-1.1B's linear layers: 22 blocks of query, key, value, output, gate, up and down, and the head."""
+    block = [(2048, 2048), (2048, 256), (2048, 256), (2048, 2048), (2048, 5632), (2048, 5632), (5632, 2048)]
+    return nn.Sequential(*(nn.utils.skip_init(nn.Linear, i, o, bias=False) for i, o in [*block * 22, (2048, 32000)]))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"yolov5s": yolov5s, "bert-base": bert_base, "llama-1b": llama_1b}
 
 
 @torch.no_grad()
-def build(name: str, seed: int) -> nn.Module:
+def build(name: str, seed: int, dtype: str) -> nn.Module:
     """The model with normal weights (0.02) and one normal gradient (0.001) that stays for all steps."""
-    model = MODELS[name]()
+    model = MODELS[name]().to(getattr(torch, dtype))
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.normal_(0.0, 0.02, generator=generator)

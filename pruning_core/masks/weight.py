@@ -66,7 +66,9 @@ class MaskedWeight:
         """The shape of the local unit grid."""
         region = self.place.region
         axes = zip(region.start, region.local, region.extents, strict=True)
-        return tuple(-(-(start + length) // extent) - start // extent if length else 0 for start, length, extent in axes)
+        return tuple(
+            -(-(start + length) // extent) - start // extent if length else 0 for start, length, extent in axes
+        )
 
     def weight(self) -> Tensor:
         """The local weight, without autograd but with its version counter; moves the mask to its device.
@@ -191,7 +193,8 @@ class MaskedWeight:
         """Per strip its bool unit grid: not cut yet."""
         if self.strips[0].dim == 0:
             return map(self._alive, self.strips)
-        alive = self.pattern.alive(self.place.layout.view(self.whole_units.whole()), self.place.region)
+        top = self.rows[0] if self.pattern.folds_linearly else one_strip(*self.place[:2], self.keep.device)[0]
+        alive = self._alive(top)  # a unit that fills the first axis is in each of its rows
         return (strip.of_grid(alive) for strip in self.strips)
 
     def _alive(self, rows: Strip) -> Tensor:

@@ -72,7 +72,7 @@ def test_units_of_different_sizes_without_ties(data, share):
         order = data.draw(st.permutations(range(n)))
         layers.append(layer([float(base + 4 * k) for k in order], sizes))
     asked = share_of(share, sum(each.weights for each in layers))
-    scores = torch.cat([part for each in layers for part in each.keys()]).tolist()
+    scores = torch.cat([keys for each in layers for keys, _ in each.parts()]).tolist()
     cuts = list(cut_together(layers, share, 0.0, 1.0))
     if len(set(scores)) == len(scores):
         for cut, expected in zip(cuts, sorted_cut(layers, asked), strict=True):
