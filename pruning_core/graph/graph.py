@@ -47,7 +47,9 @@ class ChannelGraph(Coupling):
         self.notes, self.outputs_may_shrink = notes, outputs_may_shrink
         self.parameters = frozenset(name for name, _ in model.named_parameters())
         self.consumers = frozenset(axis for trace in traces for axis in trace.consumers)
-        self.norms = frozenset(where for trace in traces for where in trace.norms)
+        self.norms: dict[str, int | None] = {}
+        for where, dim in (found for trace in traces for found in trace.norms.items()):
+            self.norms[where] = dim if self.norms.get(where, dim) == dim else None
 
     @classmethod
     def trace(

@@ -25,17 +25,18 @@ class Plan:
     """Which indices of which axes go, with all that cutting needs to know. Plain data, but for ``example``.
 
     ``sizes`` and ``removed``: per axis its length and the indices that go. ``channels``: the same as group -> channels.
-    ``consumers``: axes that read removed channels. ``norms``: modules that take statistics over them. ``multiplied``:
-    operations that sum removed channels of one activation times those of another. ``narrow_heads`` and
-    ``outputs_may_shrink``: how the graph was traced. ``model``: a digest of the model's names and shapes. ``example``:
-    what the graph was traced with; it is not saved.
+    ``consumers``: axes that read removed channels. ``norms``: modules that take statistics over them, with the
+    dimension of their input that these lie on; None where it is not one. ``multiplied``: operations that sum removed
+    channels of one activation times those of another. ``narrow_heads`` and ``outputs_may_shrink``: how the graph was
+    traced. ``model``: a digest of the model's names and shapes. ``example``: what the graph was traced with; it is not
+    saved.
     """
 
     sizes: dict[Axis, int]
     removed: dict[Axis, tuple[int, ...]]
     channels: dict[str, tuple[int, ...]] = field(default_factory=dict)
     consumers: frozenset[Axis] = frozenset()
-    norms: frozenset[str] = frozenset()
+    norms: dict[str, int | None] = field(default_factory=dict)
     multiplied: frozenset[str] = frozenset()
     narrow_heads: bool = False
     outputs_may_shrink: bool = False
@@ -59,7 +60,7 @@ class Plan:
             "axes": {str(axis): {"size": self.sizes[axis], "removed": ranges(at)} for axis, at in _named(self.removed)},
             "channels": {name: ranges(at) for name, at in sorted(self.channels.items())},
             "consumers": sorted(map(str, self.consumers)),
-            "norms": sorted(self.norms),
+            "norms": dict(sorted(self.norms.items())),
             "narrow_heads": self.narrow_heads,
             "outputs_may_shrink": self.outputs_may_shrink,
             "multiplied": sorted(self.multiplied),
@@ -81,7 +82,7 @@ class Plan:
                 removed={axis: tuple(indices(each["removed"])) for axis, each in axes.items()},
                 channels={name: tuple(indices(at)) for name, at in data["channels"].items()},
                 consumers=frozenset(Axis.parse(name) for name in data["consumers"]),
-                norms=frozenset(data["norms"]),
+                norms=dict(data["norms"]) if isinstance(data["norms"], dict) else dict.fromkeys(data["norms"]),
                 multiplied=frozenset(data.get("multiplied", ())),
                 narrow_heads=bool(data.get("narrow_heads", False)),
                 outputs_may_shrink=bool(data.get("outputs_may_shrink", False)),

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torchvision.models.convnext import LayerNorm2d
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pruning_core.channels import plan_channels
@@ -58,6 +59,46 @@ class OneHead(nn.Module):
         return self.out(x.transpose(1, 2).flatten(2)[0])
 
 
+class ChannelsFirst(nn.LayerNorm):
+    """As torchvision's and timm's LayerNorm2d: over dimension 1, by a layer norm of the moved image."""
+
+    def forward(self, x):
+        x = nn.functional.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+class ByHand(nn.Module):
+    """Over dimension 1, from the mean of squares."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6) * self.weight[:, None, None]
+
+
+class Gated(nn.Module):
+    """A norm of a product with a second argument, as in Mamba-2."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x, gate):
+        x = x * gate.sigmoid()
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+class WithGate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.gate, self.norm, self.head = nn.Linear(6, 24), nn.Linear(6, 24), Gated(24), nn.Linear(24, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(self.stem(x), gate=self.gate(x)))
+
+
 ROWS, IMAGE = torch.randn(5, 6, dtype=torch.float64), torch.randn(2, 3, 6, 6, dtype=torch.float64)
 CASES = {
     "layer norm": (lambda: Residual(lambda: nn.LayerNorm(24)), ROWS),
@@ -67,6 +108,10 @@ CASES = {
     "one group": (lambda: images(lambda n: nn.GroupNorm(1, n)), IMAGE),
     "four groups": (lambda: images(lambda n: nn.GroupNorm(4, n)), IMAGE),
     "groups of one": (lambda: images(lambda n: nn.GroupNorm(n, n)), IMAGE),
+    "layer norm over dimension 1": (lambda: images(ChannelsFirst), IMAGE),
+    "torchvision's LayerNorm2d": (lambda: images(LayerNorm2d), IMAGE),
+    "norm by hand over dimension 1": (lambda: images(ByHand), IMAGE),
+    "norm by hand with a gate": (WithGate, ROWS),
     "transformers' own norm": (llama, IDS),
 }
 

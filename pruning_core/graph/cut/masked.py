@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import group_norm, layer_norm
+from torch.utils._pytree import tree_map
 
 from pruning_core.graph.errors import GraphError
 from pruning_core.graph.plan import Plan, named_tensors
 from pruning_core.graph.trace.labels import Axis
+
+HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 
 
 @dataclass
@@ -47,6 +50,7 @@ def masked_(model: nn.Module, plan: Plan) -> Masked:
         )
     modules = dict(model.named_modules())
     norms = {path: _kept(modules, path, plan) for path in sorted(plan.norms)}
+    norms = {path: kept for path, kept in norms.items() if kept is not None}
     tensors, done = named_tensors(model), Masked()
     with torch.no_grad():
         for axis in sorted(plan.consumers, key=str):
@@ -55,8 +59,8 @@ def masked_(model: nn.Module, plan: Plan) -> Masked:
             done.before.append((tensor, axis.dim, at, tensor.index_select(axis.dim, at).clone()))
             tensor.index_fill_(axis.dim, at, 0)
     for path, kept in norms.items():
-        if kept is not None:
-            done.hooks.append(modules[path].register_forward_hook(_over_kept(kept), with_kwargs=True))
+        hook = _over_kept(path, plan.norms[path], kept)
+        done.hooks.append(modules[path].register_forward_hook(hook, with_kwargs=True))
     return done
 
 
@@ -68,9 +72,9 @@ def _kept(modules: dict[str, nn.Module], path: str, plan: Plan) -> Tensor | None
     prefix = f"{path}." if path else ""
     for name in own:
         axis = Axis(prefix + name, 0)
-        if axis in plan.removed:
+        if axis in plan.removed and plan.norms[path] is not None:
             return torch.tensor(plan.kept(axis))
-    if own and all(each.dim() == 1 for each in own.values()):
+    if own and not any(Axis(prefix + name, 0) in plan.removed for name in own) and _vectors(own.values()):
         return None
     raise GraphError(
         f"{path or 'the model'}: takes statistics over channels outside of a norm with a weight, which masks in place "
@@ -78,31 +82,42 @@ def _kept(modules: dict[str, nn.Module], path: str, plan: Plan) -> Tensor | None
     )
 
 
-def _over_kept(kept: Tensor) -> Any:
-    def run_again(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        x = args[0] if args else next(iter(kwargs.values()))
-        at = kept.to(x.device)
-        dim = 1 if isinstance(module, nn.GroupNorm) else -1
-        part = _norm(module, x.index_select(dim, at), at)
+def _vectors(tensors: Iterable[Tensor]) -> bool:
+    return all(each.dim() == 1 for each in tensors)
+
+
+def _over_kept(path: str, dim: int | None, kept: Tensor) -> Any:
+    """A hook that runs a norm again, on the kept channels alone."""
+
+    def run_again(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor:
+        x = next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
+        if not isinstance(output, Tensor) or output.shape != x.shape:
+            raise GraphError(
+                f"{path}: a norm whose output has another shape than its input, which masks in place cannot follow; "
+                "use slim_, which checks itself"
+            )
+        assert dim is not None
+        at, count = kept.to(x.device), x.shape[dim]
+
+        def narrowed(each: Any) -> Any:
+            channels = isinstance(each, Tensor) and each.dim() == x.dim() and each.shape[dim] == count
+            return each.index_select(dim, at) if channels else each
+
+        own = {name: value[at] for name, value in module.named_parameters(recurse=False)}
+        part = functional_call(_narrow(module, len(at)), own, *tree_map(narrowed, (args, kwargs)))
         return torch.zeros_like(output).index_copy(dim, at, part.to(output.dtype))
 
     return run_again
 
 
-def _norm(module: nn.Module, x: Tensor, at: Tensor) -> Tensor:
-    own = {name: value[at] for name, value in module.named_parameters(recurse=False)}
-    if isinstance(module, nn.LayerNorm):
-        return layer_norm(x, (len(at),), own.get("weight"), own.get("bias"), module.eps)
-    if isinstance(module, nn.RMSNorm):
-        return torch.nn.functional.rms_norm(x, (len(at),), own.get("weight"), module.eps)
+def _narrow(module: nn.Module, channels: int) -> nn.Module:
+    """The norm for fewer channels, with the parameters of the module and without the hooks, one of which calls it."""
+    narrow: Any = module.__class__.__new__(module.__class__)
+    narrow.__dict__.update({name: {} if name.endswith(HOOKS) else value for name, value in vars(module).items()})
     if isinstance(module, nn.GroupNorm):
-        groups = len(at) if module.num_groups == module.num_channels else module.num_groups
-        return group_norm(x, groups, own.get("weight"), own.get("bias"), module.eps)
-    return functional_call(_bare(module), own, (x,))
-
-
-def _bare(module: nn.Module) -> nn.Module:
-    """The module without the hook that calls it."""
-    bare = module.__class__.__new__(module.__class__)
-    bare.__dict__.update({**module.__dict__, "_forward_hooks": {}, "_forward_hooks_with_kwargs": {}})
-    return bare
+        narrow.num_groups = channels if module.num_groups == module.num_channels else module.num_groups
+        narrow.num_channels = channels
+    elif hasattr(module, "normalized_shape"):
+        narrow.normalized_shape = (channels,)
+    assert isinstance(narrow, nn.Module)
+    return narrow

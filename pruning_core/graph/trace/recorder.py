@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pruning_core.graph.trace.labels import Axis, Labels, holds_any
+from pruning_core.graph.trace.labels import Axis, Labels, holds_any, varying
 from pruning_core.graph.trace.operations import FRESH, UNSTEADY
 from pruning_core.graph.trace.shadows import AxisLabels, Shadow, StoredTensors, as_activation
 
@@ -105,8 +105,9 @@ class Recorder(TorchDispatchMode):
     """Follows the labels through one forward pass.
 
     ``operations``: all that ran. ``consumers``: axes of weights that read channels. ``norms``: modules that take
-    statistics over channels. ``costs``: multiply-adds. ``products``: sums of channels times channels. ``inputs``: the
-    labels that each module was first called with.
+    statistics over channels, with the dimension of their input that these lie on, if it is one. ``costs``:
+    multiply-adds. ``products``: sums of channels times channels. ``inputs``: the labels that each module was first
+    called with.
     """
 
     path: ModulePath
@@ -124,7 +125,7 @@ class Recorder(TorchDispatchMode):
         self.costs: list[Cost] = []
         self.products: list[tuple[str, Tensor]] = []
         self.consumers: set[Axis] = set()
-        self.norms: set[str] = set()
+        self.norms: dict[str, int | None] = {}
         self.dtypes: set[torch.dtype] = set()
         self.inputs: dict[str, Tensor] = {}
         self.output: Any = None
@@ -190,6 +191,15 @@ class Recorder(TorchDispatchMode):
         """Ties an axis of a weight to the channels it consumes; freezes them where the weight has a fixed size."""
         self.consumers.update(axis for axis in {self.labels.owner(int(label)) for label in taken.unique()} if axis)
         self.labels.tie(source, taken, "meets an input of fixed size")
+
+    def norm(self, call: Call) -> None:
+        """Remembers that the module takes statistics over channels, and where its input has them."""
+        found = self.inputs.get(call.where)
+        dims = [] if found is None else varying(found)
+        dim = dims[0] if len(dims) == 1 else None
+        if found is not None and dim == found.dim() - 1:
+            dim = -1
+        self.norms[call.where] = dim if self.norms.get(call.where, dim) == dim else None
 
     def cost(self, vectors: Sequence[Tensor], rows: int) -> None:
         """Adds the multiply-adds of an operation: ``rows`` per combination of these channels."""

@@ -52,7 +52,7 @@ def _last(trace: Recorder, call: Call, labels: Tensor) -> None:
         trace.labels.tie_along(labels, labels.dim() - 1)
         _fixed(trace, call)
         return
-    trace.norms.add(call.where)
+    trace.norm(call)
     _tie_parameters(trace, call, along(trace, labels, -1), ("weight", "bias"))
 
 
@@ -73,7 +73,7 @@ def group_norm(trace: Recorder, call: Call) -> Any:
     """Keeps the number of groups and ties the same channels across groups; a group of one channel goes with it."""
     labels = trace.activation(call, "input")
     channels = along(trace, labels, 1)
-    trace.norms.add(call.where)
+    trace.norm(call)
     groups = call["num_groups"] if "num_groups" in call else call["group"]
     _tie_parameters(trace, call, channels, ("weight", "bias"))
     if 1 < groups < len(channels):

@@ -97,7 +97,7 @@ def _is_norm(trace: Recorder, call: Call) -> bool:
 
 def _norm(trace: Recorder, call: Call, labels: Tensor, mixed: list[int]) -> None:
     """Normalised within each head, a head goes whole; else all positions lose the same channels."""
-    trace.norms.add(call.where)
+    trace.norm(call)
     outer = [dim for dim in varying(labels) if dim not in mixed]
     heads = outer and trace.labels.same_owner(labels)
     for dim in mixed if heads else outer:
