@@ -49,8 +49,7 @@ def masked_(model: nn.Module, plan: Plan) -> Masked:
             "which checks itself"
         )
     modules = dict(model.named_modules())
-    norms = {path: _kept(modules, path, plan) for path in sorted(plan.norms)}
-    norms = {path: kept for path, kept in norms.items() if kept is not None}
+    norms = {path: kept for path in sorted(plan.norms) if (kept := _kept(modules, path, plan)) is not None}
     tensors, done = named_tensors(model), Masked()
     with torch.no_grad():
         for axis in sorted(plan.consumers, key=str):
