@@ -284,6 +284,35 @@ def channel_attention_product(m, x):
     return torch.einsum("bic,bjc->bij", m.a(x), m.b(x))
 
 
+@case(
+    "convolution_over_positions",
+    tokens(),
+    (8,),
+    lambda: {"a": nn.Linear(5, 8), "mix": nn.Conv1d(4, 6, 1), "back": nn.Conv1d(6, 4, 1), "out": nn.Linear(8, 4)},
+)
+def convolution_over_positions(m, x):
+    """A mixer of tokens: its kernel of 1 leaves the channels, which lie where others have positions, alone."""
+    return m.out(m.a(x) + m.back(m.mix(m.a(x)).sigmoid()))
+
+
+@case(
+    "convolution_along_channels",
+    image(),
+    (6,),
+    lambda: {"a": stem(), "eca": nn.Conv1d(1, 1, 3, padding=1, bias=False), "b": nn.Conv2d(8, 6, 1), "out": head(6)},
+)
+def convolution_along_channels(m, x):
+    """Efficient channel attention: each channel's gate is computed from its neighbours'."""
+    x = m.a(x)
+    gate = m.eca(x.mean((2, 3))[:, None]).sigmoid()[:, 0, :, None, None]
+    return m.out(m.b(x * gate).sigmoid())
+
+
+@case("norm_over_positions", tokens(), (8,), lambda: {"a": nn.Linear(5, 8), "out": nn.Linear(8, 4)})
+def norm_over_positions(m, x):
+    return m.out(functional.batch_norm(m.a(x), torch.zeros(4).double(), torch.ones(4).double()))
+
+
 @case("unit_length", image(), (8,), lambda: {"a": stem(), "out": head()}, reader="all")
 def unit_length(m, x):
     return m.out(functional.normalize(m.a(x), dim=1))
@@ -371,6 +400,18 @@ REASONS = {
     "is summed with a tensor of fixed size, at matmul in the model": (lambda y: y @ torch.ones(6, 3), 3),
     "a softmax over channels, at softmax in the model": (lambda y: y.softmax(-1), 6),
     "a cumsum over channels, at cumsum in the model": (lambda y: y.cumsum(-1), 6),
+    "a norm's statistics are over channels, at batch_norm in the model": (
+        lambda y: functional.batch_norm(y[:, None], torch.zeros(1), torch.ones(1), training=True)[:, 0],
+        6,
+    ),
+    "a norm's statistics are over channels, at instance_norm in the model": (
+        lambda y: functional.instance_norm(y[:, None])[:, 0],
+        6,
+    ),
+    "a norm's statistics are over channels, at group_norm in the model": (
+        lambda y: functional.group_norm(y[:, None], 1)[:, 0],
+        6,
+    ),
     "a mean over channels, at mean in the model": (lambda y: y - y.mean(-1, keepdim=True), 6),
     "a topk over channels, at topk in the model": (lambda y: y.topk(3).values, 3),
     "is picked from by number, at index in the model": (lambda y: y[:, torch.tensor([1, 4])], 2),
@@ -385,6 +426,12 @@ def test_what_stays_says_why(why):
     graph = ChannelGraph.trace(on_a_side_branch(*REASONS[why]), torch.randn(2, 5))
     assert list(graph.groups) == ["a.weight:0"]
     assert why in [each for _, each in reasons(graph, "b.weight:0")]
+
+
+def test_a_convolution_along_channels_says_so():
+    layers = {"a": stem(), "eca": nn.Conv1d(1, 1, 3, padding=1, bias=False), "b": nn.Conv2d(8, 6, 1), "out": head(6)}
+    graph = ChannelGraph.trace(Calls(convolution_along_channels, layers, {}), torch.randn(1, 3, 4, 4))
+    assert reasons(graph, "a.weight:0") == [(8, "a convolution slides along channels, at conv1d in eca")]
 
 
 def split_by_the_code(m, x):

@@ -22,11 +22,19 @@ def _tie_parameters(trace: Recorder, call: Call, labels: Tensor, names: tuple[st
             trace.labels.freeze(labels, "meets a norm's computed parameter")
 
 
+def _freeze_positions(trace: Recorder, labels: Tensor) -> None:
+    """Freezes channels that lie where others have positions, over which the statistics are taken."""
+    if any(varies(labels, dim) for dim in range(2, labels.dim())):
+        trace.labels.freeze(labels, "a norm's statistics are over channels")
+
+
 @rule("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
       "instance_norm")  # fmt: skip
 def batch_norm(trace: Recorder, call: Call) -> Any:
     """Ties weight, bias and statistics to the channel."""
     labels = trace.activation(call, "input")
+    if call["training"] or call["train"] or call["use_input_stats"] or not isinstance(call["running_mean"], Tensor):
+        _freeze_positions(trace, labels)
     channels = along(trace, labels, 1)
     _tie_parameters(trace, call, channels, ("weight", "bias", "running_mean", "running_var"))
     return (labels, None, None) if isinstance(call.result, tuple) else labels
@@ -72,6 +80,7 @@ def _many(trace: Recorder, call: Call, labels: Tensor, dims: list[int]) -> None:
 def group_norm(trace: Recorder, call: Call) -> Any:
     """Keeps the number of groups and ties the same channels across groups; a group of one channel goes with it."""
     labels = trace.activation(call, "input")
+    _freeze_positions(trace, labels)
     channels = along(trace, labels, 1)
     trace.norm(call)
     groups = call["num_groups"] if "num_groups" in call else call["group"]

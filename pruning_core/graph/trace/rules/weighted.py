@@ -91,7 +91,13 @@ def conv(trace: Recorder, call: Call) -> Any:
     for dim in range(2, 2 + spatial):
         trace.labels.freeze(weight.vector(dim), "is a kernel's axis")
     source = trace.activation(call, "input")
-    taken = along(trace, source, source.dim() - spatial - 1)
+    channel = source.dim() - spatial - 1
+    if any(varies(source, dim) for dim in range(channel + 1, source.dim())):
+        if _pointwise(call, weight, spatial) and not varies(source, channel):
+            trace.freeze(weight, "works across positions, not channels")
+            return source.narrow(channel, 0, 1).expand(call.result.shape)
+        trace.labels.freeze(source, "a convolution slides along channels")
+    taken = along(trace, source, channel)
     first, second = weight.vector(0), weight.vector(1)
     if groups == 1:
         given, inner = (second, first) if turned else (first, second)
@@ -103,6 +109,11 @@ def conv(trace: Recorder, call: Call) -> Any:
     positions = counted.numel() // max(counted.shape[-spatial - 1], 1)
     trace.cost([first, second], rows=positions * _kernel(weight, spatial))
     return given.view(-1, *[1] * spatial).expand(call.result.shape)
+
+
+def _pointwise(call: Call, weight: AxisLabels, spatial: int) -> bool:
+    """Whether each position is computed from itself alone."""
+    return _kernel(weight, spatial) == 1 and call["input"].shape[-spatial:] == call.result.shape[-spatial:]
 
 
 def _kernel(weight: AxisLabels, spatial: int) -> int:
