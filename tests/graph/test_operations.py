@@ -296,6 +296,16 @@ def convolution_over_positions(m, x):
 
 
 @case(
+    "linear_over_positions",
+    tokens(),
+    (8,),
+    lambda: {"a": nn.Linear(5, 8), "mix": nn.Linear(4, 6), "back": nn.Linear(6, 4), "out": nn.Linear(8, 4)},
+)
+def linear_over_positions(m, x):
+    return m.out(m.a(x) + m.back(m.mix(m.a(x).mT).sigmoid()).mT)
+
+
+@case(
     "convolution_along_channels",
     image(),
     (6,),

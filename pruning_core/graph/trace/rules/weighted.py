@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruning_core.graph.trace.labels import varies
+from pruning_core.graph.trace.labels import varies, varying
 from pruning_core.graph.trace.recorder import Call, Recorder
 from pruning_core.graph.trace.rules.table import rule
 from pruning_core.graph.trace.shadows import AxisLabels, as_activation
@@ -69,11 +69,9 @@ def addmm(trace: Recorder, call: Call) -> Any:
 def _apply(trace: Recorder, call: Call, source: str, taken: Tensor, given: Tensor, bias: str = "bias") -> Tensor:
     labels = trace.activation(call, source)
     trace.consume(along(trace, labels, -1), taken)
+    if varying(labels) and not varies(labels, labels.dim() - 1):
+        return _across(trace, call, labels, labels.dim() - 1, [given])
     trace.cost([given, taken], rows=call.result.numel() // max(call.result.shape[-1], 1))
-    other = [dim for dim in range(labels.dim() - 1) if varies(labels, dim)]
-    if other and not varies(labels, labels.dim() - 1):
-        trace.labels.freeze(given, "works across positions, not channels")
-        return labels.narrow(-1, 0, 1).expand(call.result.shape)
     begin(trace, call, given, bias)
     return given.expand(call.result.shape)
 
@@ -94,8 +92,7 @@ def conv(trace: Recorder, call: Call) -> Any:
     channel = source.dim() - spatial - 1
     if any(varies(source, dim) for dim in range(channel + 1, source.dim())):
         if _pointwise(call, weight, spatial) and not varies(source, channel):
-            trace.freeze(weight, "works across positions, not channels")
-            return source.narrow(channel, 0, 1).expand(call.result.shape)
+            return _across(trace, call, source, channel, [weight.vector(0), weight.vector(1)])
         trace.labels.freeze(source, "a convolution slides along channels")
     taken = along(trace, source, channel)
     first, second = weight.vector(0), weight.vector(1)
@@ -109,6 +106,18 @@ def conv(trace: Recorder, call: Call) -> Any:
     positions = counted.numel() // max(counted.shape[-spatial - 1], 1)
     trace.cost([first, second], rows=positions * _kernel(weight, spatial))
     return given.view(-1, *[1] * spatial).expand(call.result.shape)
+
+
+def _across(trace: Recorder, call: Call, labels: Tensor, dim: int, weights: list[Tensor]) -> Tensor:
+    """Sums over dimension ``dim``, which has no channels; these lie elsewhere and pass."""
+    for each in weights:
+        trace.labels.freeze(each, "works across positions, not channels")
+    lines = [labels.movedim(each, -1).reshape(-1, labels.shape[each])[0] for each in varying(labels)]
+    rows = call.result.numel() * labels.shape[dim]
+    for line in lines:
+        rows //= len(line)
+    trace.cost(lines, rows=rows)
+    return labels.narrow(dim, 0, 1).expand(call.result.shape)
 
 
 def _pointwise(call: Call, weight: AxisLabels, spatial: int) -> bool:
