@@ -7,6 +7,7 @@ is faster than a mask of bytes, and takes an eighth of its memory.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator
 from functools import cache
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-PART = 1 << 18
-"""Weights that a thread of a CPU works on at a time: a megabyte of float32."""
+PART = 1 << 19
+"""Weights that a thread of a CPU works on at a time: two megabytes of float32."""
 GATHER = 0x0102040810204080
 """Times eight bytes of 0 or 1, read as one little-endian integer: the highest byte has them as bits, in order."""
 
@@ -25,7 +26,7 @@ class Bits:
     """The mask of one weight; everything is kept at first. Bits that fill up the last byte are 0."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
-        self.shape, self.count = shape, torch.Size(shape).numel()
+        self.shape, self.count = shape, math.prod(shape)
         self.packed = torch.full((-(-self.count // 8),), 0xFF, dtype=torch.uint8, device=device)
         if self.count % 8:
             self.packed[-1] = (1 << self.count % 8) - 1
@@ -51,17 +52,18 @@ class Bits:
 
     def _spread(self, kept: int, first: int, count: int) -> Tensor:
         """int8, flat: ``kept`` or 0 for ``count`` weights from ``first`` on."""
-        some = self.packed[first // 8 : -(-(first + count) // 8)]
+        some = self.packed if count == self.count else self.packed[first // 8 : -(-(first + count) // 8)]
         wide = _eight(kept, self.device).index_select(0, some.int()).view(torch.int8)
-        return wide[first % 8 : first % 8 + count]
+        return wide if wide.numel() == count else wide[first % 8 : first % 8 + count]
 
     def keep_only_(self, kept: Tensor, first: int = 0) -> None:
         """Cuts, of the weights from ``first`` on, those where ``kept`` (bool, any shape) is False."""
         lead, last = first % 8, first + kept.numel()
         touched = slice(first // 8, -(-last // 8))
-        eights = kept.new_ones(8 * (touched.stop - touched.start))
+        eights = kept.new_empty(8 * (touched.stop - touched.start))
+        eights[:8] = eights[-8:] = True
         eights[lead : lead + kept.numel()].view(kept.shape).copy_(kept)
-        self.packed[touched] &= (eights.view(torch.int64) * GATHER >> 56).to(torch.uint8)
+        self.packed[touched] &= eights.view(torch.int64).mul_(GATHER).bitwise_right_shift_(56).to(torch.uint8)
 
     def intersect_(self, other: Bits) -> None:
         """Cuts what ``other`` cuts."""
@@ -86,10 +88,10 @@ class Bits:
         """``w = w where kept else +0.0``, in place."""
         numbers = weight.view(INTEGERS[weight.element_size()])
         rows = numbers.view(-1) if numbers.is_contiguous() else numbers
+        row = math.prod(rows.shape[1:])
         for part in parts(rows.shape, self.device):
             some = rows[part]
-            flags = self._spread(-1, part.start * rows[0].numel(), some.numel())
-            some.bitwise_and_(flags.view(some.shape))
+            some.bitwise_and_(self._spread(-1, part.start * row, some.numel()).view(some.shape))
 
     def count_cut(self) -> Tensor:
         """0-dim int64: the number of weights that are cut."""
@@ -112,10 +114,9 @@ def part_size(device: torch.device) -> int:
     return min(PART * torch.get_num_threads(), 1 << 22) if device.type == "cpu" else 1 << 24
 
 
-def parts(shape: tuple[int, ...], device: torch.device, multiple: int = 1) -> Iterator[slice]:
-    """Ranges of the first axis of about ``part_size`` weights, each but the last a multiple of ``multiple`` long."""
-    row = max(torch.Size(shape[1:]).numel(), 1)
-    step = max(part_size(device) // row // multiple, 1) * multiple
+def parts(shape: tuple[int, ...], device: torch.device) -> Iterator[slice]:
+    """Ranges of the first axis of about ``part_size`` weights."""
+    step = max(part_size(device) // max(math.prod(shape[1:]), 1), 1)
     return (slice(first, min(first + step, shape[0])) for first in range(0, shape[0], step))
 
 

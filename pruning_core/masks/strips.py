@@ -12,6 +12,9 @@ from pruning_core.masks.bits import part_size
 from pruning_core.patterns import Region
 from pruning_core.selection import Layout
 
+WIDER = 8
+"""Strips of columns are this much larger: their rows are far apart in memory, and narrow ones are slow to read."""
+
 
 class Strip(NamedTuple):
     """``rows`` of stored axis ``dim``, and the ``units`` along ``axis`` of the unit grid that they touch."""
@@ -70,7 +73,8 @@ def _strips(layout: Layout, region: Region, device: torch.device, dim: int, spli
     length, start = region.local[axis], region.start[axis]
     extent = 1 if _fills(region, axis) else region.extents[axis]
     lead = start % extent
-    step = max(part_size(device) * length // max(math.prod(region.local), 1) // extent, 1) * extent
+    size = part_size(device) * (WIDER if dim else 1)
+    step = max(size * length // max(math.prod(region.local), 1) // extent, 1) * extent
     if not split or step >= length:
         step = lead + length
     scale = region.local[1 if not layout.in_first else 3] if axis == 0 else 1  # stored rows of each group

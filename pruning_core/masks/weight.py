@@ -232,10 +232,17 @@ class MaskedWeight:
             self.whole_units.keep_only_(self._without(cut, rows), self.span(rows)[0])
 
     def _without(self, cut: Tensor, rows: Strip) -> Tensor:
-        """Bool, stored shape: what the units of a grid leave of these rows when they are cut."""
-        newly = rows.of_grid(cut) & self._alive(rows)
-        score = None if self.pattern.folds_linearly else rows.layout.view(self.element_scores(rows))
-        return rows.layout.store(self.pattern.spread(~newly, score, rows.region), rows.of_shape(self.shape))
+        """Bool, in storage order: what the units of a grid leave of these rows when they are cut.
+
+        A block that is cut is cut again, which changes nothing; a group of N:M would lose others.
+        """
+        cut = rows.of_grid(cut)
+        if self.pattern.folds_linearly:
+            left = self.pattern.spread(~cut, None, rows.region)
+        else:
+            score = rows.layout.view(self.element_scores(rows))
+            left = self.pattern.spread(~(cut & self._alive(rows)), score, rows.region)
+        return rows.layout.stored_order(left)
 
     def _lines(self, x: Tensor) -> Tensor:
         """(slices, weights of each): the slices by whose lengths the norm divides."""
@@ -247,7 +254,7 @@ class MaskedWeight:
         A norm cannot divide by the length of zeros: the slice would become NaN.
         """
         kept = self.whole_units.whole()
-        left = torch.cat([self._without(cut, rows) for rows in self.rows]) & kept
+        left = torch.cat([self._without(cut, rows).reshape(rows.of_shape(self.shape)) for rows in self.rows]) & kept
         sizes = torch.where(kept, self.weight().abs(), -1)
         empty = ~self._lines(left).any(1, keepdim=True)
         places = self._lines(torch.arange(kept.numel(), device=kept.device).view(self.shape))

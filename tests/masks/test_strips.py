@@ -149,7 +149,7 @@ def test_a_large_weight_is_cut_into_many_strips(monkeypatch):
         slice(first, min(first + 4, 50)) for first in range(0, 50, 4)
     ]
     columns = unit_strips(Layout(), parse_pattern("channelx1").region((1, 50, 1, 30)), CPU)
-    assert [strip.rows for strip in columns] == [slice(first, first + 2) for first in range(0, 30, 2)]
+    assert [strip.rows for strip in columns] == [slice(0, 16), slice(16, 30)]
     assert {strip.dim for strip in columns} == {1}
 
 
@@ -291,7 +291,7 @@ class Peak(TorchDispatchMode):
 @pytest.mark.parametrize("pattern", ["2:4", "1x1", "4x1", "channelx1"])
 def test_a_run_takes_a_third_of_a_half_precision_model(pattern, monkeypatch):
     """All of it: the masks, and what a mask update needs. It was 1.7 times the model for 2:4."""
-    monkeypatch.setattr(bits, "PART", 1 << 15)
+    monkeypatch.setattr(bits, "PART", 1 << (12 if pattern == "channelx1" else 15))  # strips of columns are wider
     torch.set_num_threads(1)
     model = nn.Sequential(*(nn.Linear(512, 1024, bias=False) for _ in range(12))).bfloat16()
     size = sum(2 * parameter.numel() for parameter in model.parameters())
