@@ -82,7 +82,7 @@ class Plan:
                 removed={axis: tuple(indices(each["removed"])) for axis, each in axes.items()},
                 channels={name: tuple(indices(at)) for name, at in data["channels"].items()},
                 consumers=frozenset(Axis.parse(name) for name in data["consumers"]),
-                norms=dict(data["norms"]) if isinstance(data["norms"], dict) else dict.fromkeys(data["norms"]),
+                norms={str(path): None if dim is None else int(dim) for path, dim in dict(data["norms"]).items()},
                 multiplied=frozenset(data.get("multiplied", ())),
                 narrow_heads=bool(data.get("narrow_heads", False)),
                 outputs_may_shrink=bool(data.get("outputs_may_shrink", False)),

@@ -90,6 +90,14 @@ class Gated(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
 
 
+class TiedNorms(Residual):
+    """Two norms with one weight, which has the name of the first."""
+
+    def __init__(self):
+        super().__init__(lambda: nn.RMSNorm(24))
+        self.norms[1].weight = self.norms[0].weight
+
+
 class WithGate(nn.Module):
     def __init__(self):
         super().__init__()
@@ -112,6 +120,7 @@ CASES = {
     "torchvision's LayerNorm2d": (lambda: images(LayerNorm2d), IMAGE),
     "norm by hand over dimension 1": (lambda: images(ByHand), IMAGE),
     "norm by hand with a gate": (WithGate, ROWS),
+    "norms with one weight": (TiedNorms, ROWS),
     "transformers' own norm": (llama, IDS),
 }
 

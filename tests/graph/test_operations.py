@@ -318,6 +318,16 @@ def convolution_along_channels(m, x):
     return m.out(m.b(x * gate).sigmoid())
 
 
+@case(
+    "grouped_convolution_over_positions",
+    tokens(),
+    (8,),
+    lambda: {"a": nn.Linear(5, 8), "mix": nn.Conv1d(4, 6, 1, groups=2), "out": nn.Linear(8, 4)},
+)
+def grouped_convolution_over_positions(m, x):
+    return m.out(m.mix(m.a(x)).sigmoid())
+
+
 @case("norm_over_positions", tokens(), (8,), lambda: {"a": nn.Linear(5, 8), "out": nn.Linear(8, 4)})
 def norm_over_positions(m, x):
     return m.out(functional.batch_norm(m.a(x), torch.zeros(4).double(), torch.ones(4).double()))

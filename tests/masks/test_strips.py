@@ -28,7 +28,6 @@ NAMES = [name for name in CRITERIA if not CRITERIA[name].needs]
 def small_parts(request, monkeypatch):
     """Weights of a few hundred elements are cut into parts."""
     monkeypatch.setattr(bits, "PART", request.param)
-    torch.set_num_threads(1)
 
 
 # ---- bits ------------------------------------------------------------------------------------------------------------
@@ -143,7 +142,6 @@ def test_strips_are_all_of_a_weight_in_order(small_parts, name, text):
 def test_a_large_weight_is_cut_into_many_strips(monkeypatch):
     """The tests above are about several strips."""
     monkeypatch.setattr(bits, "PART", 100)
-    torch.set_num_threads(1)
     region = parse_pattern("4x1").region((1, 50, 1, 30))
     assert [strip.rows for strip in unit_strips(Layout(), region, CPU)] == [
         slice(first, min(first + 4, 50)) for first in range(0, 50, 4)
@@ -194,7 +192,6 @@ def test_the_masks_are_those_of_whole_weights(criterion, pattern, kind, monkeypa
     target = min(0.6, parse_pattern(pattern).max_sparsity)
     options = {"pruning_type": criterion + kind, "pattern": pattern, "target_sparsity": target}
     expected, _ = run(options)
-    torch.set_num_threads(1)
     monkeypatch.setattr(bits, "PART", 300)
     found, pruner = run(options)
     assert max(len(weight.strips) for weight in pruner._groups[0].weights) > 1
@@ -294,7 +291,6 @@ class Peak(TorchDispatchMode):
 def test_a_run_takes_a_third_of_a_half_precision_model(pattern, monkeypatch):
     """All of it: the masks, and what a mask update needs. It was 1.7 times the model for 2:4."""
     monkeypatch.setattr(bits, "PART", 1 << (12 if pattern == "channelx1" else 15))  # strips of columns are wider
-    torch.set_num_threads(1)
     model = nn.Sequential(*(nn.Linear(512, 1024, bias=False) for _ in range(12))).bfloat16()
     size = sum(2 * parameter.numel() for parameter in model.parameters())
     target = min(0.45, parse_pattern(pattern).max_sparsity)
@@ -316,7 +312,6 @@ def test_a_run_takes_a_third_of_a_half_precision_model(pattern, monkeypatch):
 @pytest.mark.parametrize("pattern", ["2:4", "1x1", "4x1"])
 def test_a_step_takes_no_more_than_the_running_score(pattern, monkeypatch):
     monkeypatch.setattr(bits, "PART", 1 << 12)
-    torch.set_num_threads(1)
     model = nn.Sequential(*(nn.Linear(256, 512, bias=False) for _ in range(4))).bfloat16()
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)

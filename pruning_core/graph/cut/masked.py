@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,8 +48,9 @@ def masked_(model: nn.Module, plan: Plan) -> Masked:
             "which checks itself"
         )
     modules = dict(model.named_modules())
-    norms = {path: kept for path in sorted(plan.norms) if (kept := _kept(modules, path, plan)) is not None}
     tensors, done = named_tensors(model), Masked()
+    names = {id(tensor): name for name, tensor in tensors.items()}  # a tied weight has the name of the first
+    norms = {path: kept for path in sorted(plan.norms) if (kept := _kept(modules, names, path, plan)) is not None}
     with torch.no_grad():
         for axis in sorted(plan.consumers, key=str):
             tensor = tensors[axis.tensor]
@@ -63,26 +63,20 @@ def masked_(model: nn.Module, plan: Plan) -> Masked:
     return done
 
 
-def _kept(modules: dict[str, nn.Module], path: str, plan: Plan) -> Tensor | None:
+def _kept(modules: dict[str, nn.Module], names: dict[int, str], path: str, plan: Plan) -> Tensor | None:
     """The channels that a norm keeps, from its own parameters; None where it loses none."""
     if path not in modules:
         raise GraphError(f"plan: names a norm that the model lacks, got {path!r}; make it for this model")
-    own = dict(modules[path].named_parameters(recurse=False))
-    prefix = f"{path}." if path else ""
-    for name in own:
-        axis = Axis(prefix + name, 0)
-        if axis in plan.removed and plan.norms[path] is not None:
-            return torch.tensor(plan.kept(axis))
-    if own and not any(Axis(prefix + name, 0) in plan.removed for name in own) and _vectors(own.values()):
+    own = list(modules[path].parameters(recurse=False))
+    removed = [axis for each in own if (axis := Axis(names[id(each)], 0)) in plan.removed]
+    if removed and plan.norms[path] is not None:
+        return torch.tensor(plan.kept(removed[0]))
+    if own and not removed and all(each.dim() == 1 for each in own):
         return None
     raise GraphError(
         f"{path or 'the model'}: takes statistics over channels outside of a norm with a weight, which masks in place "
         "cannot follow; use slim_, which checks itself"
     )
-
-
-def _vectors(tensors: Iterable[Tensor]) -> bool:
-    return all(each.dim() == 1 for each in tensors)
 
 
 def _over_kept(path: str, dim: int | None, kept: Tensor) -> Any:

@@ -113,7 +113,7 @@ def _across(trace: Recorder, call: Call, labels: Tensor, dim: int, weights: list
     for each in weights:
         trace.labels.freeze(each, "works across positions, not channels")
     lines = [labels.movedim(each, -1).reshape(-1, labels.shape[each])[0] for each in varying(labels)]
-    rows = call.result.numel() * labels.shape[dim]
+    rows = call.result.numel() * labels.shape[dim] // (call["groups"] or 1)
     for line in lines:
         rows //= len(line)
     trace.cost(lines, rows=rows)
@@ -122,7 +122,8 @@ def _across(trace: Recorder, call: Call, labels: Tensor, dim: int, weights: list
 
 def _pointwise(call: Call, weight: AxisLabels, spatial: int) -> bool:
     """Whether each position is computed from itself alone."""
-    return _kernel(weight, spatial) == 1 and call["input"].shape[-spatial:] == call.result.shape[-spatial:]
+    same = call["input"].shape[-spatial:] == call.result.shape[-spatial:]
+    return same and _kernel(weight, spatial) == 1 and all(step == 1 for step in call["stride"])
 
 
 def _kernel(weight: AxisLabels, spatial: int) -> int:
