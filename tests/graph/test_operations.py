@@ -448,8 +448,10 @@ def test_what_stays_says_why(why):
     assert why in [each for _, each in reasons(graph, "b.weight:0")]
 
 
-def test_a_convolution_along_channels_says_so():
-    layers = {"a": stem(), "eca": nn.Conv1d(1, 1, 3, padding=1, bias=False), "b": nn.Conv2d(8, 6, 1), "out": head(6)}
+@pytest.mark.parametrize("window", [{"kernel_size": 3, "padding": 1}, {"kernel_size": 1, "stride": 2, "padding": 4}])
+def test_a_convolution_along_channels_says_so(window):
+    """The second one gives as many numbers as it gets, and yet each from another place."""
+    layers = {"a": stem(), "eca": nn.Conv1d(1, 1, **window, bias=False), "b": nn.Conv2d(8, 6, 1), "out": head(6)}
     graph = ChannelGraph.trace(Calls(convolution_along_channels, layers, {}), torch.randn(1, 3, 4, 4))
     assert reasons(graph, "a.weight:0") == [(8, "a convolution slides along channels, at conv1d in eca")]
 
