@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pruning_core.graph import GraphError, Plan
+from pruning_core.graph.cut.difference import TOLERANCE, kept_part, relative_difference
 from pruning_core.graph.cut.reference import masked_run
-from pruning_core.graph.cut.surgery import TOLERANCE, kept_part, relative_difference
 from pruning_core.graph.inputs import Inputs, leaves, untouched
 from pruning_core.graph.trace.labels import Axis
 

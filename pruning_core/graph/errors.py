@@ -9,6 +9,10 @@ class GraphError(ValueError):
     """A model that cannot be traced or cut, or a plan that does not fit it; the message says what and where."""
 
 
+class CannotRunError(GraphError):
+    """The model cannot run the example."""
+
+
 class CannotFollowError(GraphError):
     """The model's code does not follow a cut at this ``operation`` of its trace."""
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 from torch.jit import ScriptModule
-from torch.utils import _pytree as pytree
 
 from pruning_core.graph.couple.groups import Coupling, Removed
 from pruning_core.graph.couple.trial import prove
-from pruning_core.graph.cut.surgery import slim_
+from pruning_core.graph.cut.copies import TrialCuts
 from pruning_core.graph.errors import GraphError
 from pruning_core.graph.inputs import Inputs, as_inputs
 from pruning_core.graph.plan import Plan, digest
@@ -45,6 +43,7 @@ class ChannelGraph(Coupling):
         super().__init__(traces[0].labels, traces)
         self.model, self.example, self.stored = model, example, traces[0].stored
         self.notes, self.outputs_may_shrink = notes, outputs_may_shrink
+        self._cut = TrialCuts(model)
         self.parameters = frozenset(name for name, _ in model.named_parameters())
         self.consumers = frozenset(axis for trace in traces for axis in trace.consumers)
         self.norms: dict[str, int | None] = {}
@@ -99,7 +98,7 @@ class ChannelGraph(Coupling):
 
     def _attempt(self, removed: Removed) -> None:
         """Cuts a copy; GraphError where the cut cannot be followed or computes something else."""
-        slim_(_copied(self.model), self.plan(self.restored(removed)))
+        self._cut(self.plan(self.restored(removed)), self.example)
 
     # ---- what there is ----------------------------------------------------------------------------------------------
 
@@ -191,10 +190,3 @@ def _macs(cost: Cost, dead: np.ndarray) -> int:
     for vector in cost.vectors:
         total *= int((~dead[vector.numpy()]).sum())
     return total
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """A deep copy. Activations that a module keeps from its last step cannot be copied: the copy gets their values."""
-    kept = [leaf for module in model.modules() for leaf in pytree.tree_leaves(list(vars(module).values()))]
-    memo = {id(leaf): leaf.detach() for leaf in kept if isinstance(leaf, Tensor) and not leaf.is_leaf}
-    return copy.deepcopy(model, memo)

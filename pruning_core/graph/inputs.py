@@ -1,4 +1,4 @@
-"""Example inputs, and running a model without side effects."""
+"""Example inputs, running a model without side effects, and giving a tensor other data."""
 
 from __future__ import annotations
 
@@ -77,6 +77,15 @@ def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
             _restore(module, before, buffers)
         for module, mode in modes:
             module.training = mode
+
+
+def put(tensor: Tensor, data: Tensor) -> None:
+    """Gives a tensor other data, of any shape. Autograd remembers a leaf's shape for as long as some graph of it lives
+    (the last loss that a loop still holds), and forgets it only when the type changes as well."""
+    if tensor.requires_grad and tensor.is_leaf and tensor.shape != data.shape:
+        other = torch.float16 if data.dtype != torch.float16 else torch.float32
+        tensor.data = torch.empty(0, dtype=other, device=data.device)
+    tensor.data = data
 
 
 def _restore(module: nn.Module, before: dict[str, Any], buffers: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from pruning_core.channels.example_inputs import example_for
 from pruning_core.criteria import fold_lines
 from pruning_core.graph import ChannelGraph, ChannelGroup, GraphError, slim_
-from pruning_core.graph.cut.surgery import relative_difference
+from pruning_core.graph.cut.difference import relative_difference
 from pruning_core.graph.inputs import leaves, untouched
 from pruning_core.graph.trace.labels import Axis
 from pruning_core.selection import family

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,28 +10,37 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pruning_core.graph.cut.difference import accept
 from pruning_core.graph.cut.reference import MaskedRun
 from pruning_core.graph.errors import GraphError
-from pruning_core.graph.inputs import Inputs, untouched
-from pruning_core.graph.trace.labels import holds_any, unexpanded
+from pruning_core.graph.inputs import Inputs, leaves, untouched
+from pruning_core.graph.trace.labels import holds_any, left
 from pruning_core.graph.trace.operations import SIZED, UNSTEADY
 from pruning_core.graph.trace.recorder import Call, ModulePath, Numbers, Operation, arguments_of, number_in, shapes_of
+from pruning_core.graph.trace.upcast import Upcast
 
 
 @dataclass(frozen=True)
 class CutModel:
-    """A cut model, the run of the masked one, and ``accept``: the relative difference of an output; raises where it is
-    above the tolerance."""
+    """A cut model, and the run of the masked one with its outputs, which it must give to a relative ``tolerance``. It
+    computes in float64 if that one did."""
 
     model: nn.Module
     trace: MaskedRun
     example: Inputs
-    accept: Callable[[Any], float]
+    reference: list[Tensor]
+    tolerance: float
+
+    def accept(self, output: Any) -> float:
+        """The relative difference of an output; GraphError where it is above the tolerance."""
+        return accept(self.reference, leaves(output), self.tolerance)
 
     def run(self) -> Outcome:
         """Runs the cut model up to the first divergence."""
         args, kwargs = self.example
-        path, compare = ModulePath(self.model), Comparing(self.trace)
+        before = self.trace.upcast
+        upcast = Upcast(self.model, before.scales) if before else None
+        path, compare = ModulePath(self.model), Comparing(self.trace, upcast)
         try:
             with untouched(self.model), torch.inference_mode(), compare:
                 output = self.model(*args, **kwargs)
@@ -71,15 +79,15 @@ class Diverged(Exception):  # noqa: N818 - it ends a run, it is no error by itse
 class Comparing(TorchDispatchMode):
     """Dispatch mode that compares every shape of a cut model with the expected one."""
 
-    def __init__(self, trace: MaskedRun) -> None:
+    def __init__(self, trace: MaskedRun, upcast: Upcast | None) -> None:
         super().__init__()
-        self.trace, self.at = trace, 0
+        self.trace, self.upcast, self.at = trace, upcast, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = Call(func, arguments_of(func, args, kwargs or {}), "")
         name = call.name
         if name in UNSTEADY:
-            return func(*args, **(kwargs or {}))
+            return self._run(func, args, kwargs or {})
         if self.at >= len(self.trace.operations):
             raise Diverged("it goes on where the dense model ended")
         operation = self.trace.operations[self.at]
@@ -90,13 +98,16 @@ class Comparing(TorchDispatchMode):
             raise Diverged(f"{name} gets other numbers than the dense model's")
         if operation.constants and not _constants_fit(operation, call.tensors()):
             raise Diverged(f"{name} computes with another number than the dense model does")
-        result = func(*args, **(kwargs or {}))
+        result = self._run(func, args, kwargs or {})
         want = expected(operation, self.trace.dead)
         for have, should in zip(shapes_of(result), want, strict=True):
             if should is not None and have != should:
                 raise Diverged(f"{name} gives {list(have)} instead of {list(should)}")
         self.at += 1
         return result
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return self.upcast.run(func, args, kwargs) if self.upcast else func(*args, **kwargs)
 
 
 def _numbers_fit(operation: Operation, numbers: Numbers, dead: Tensor, pointwise: bool) -> bool:
@@ -126,20 +137,6 @@ def expected(operation: Operation, dead: Tensor) -> list[tuple[int, ...] | None]
     if len(shadows) != len(operation.shapes):
         return [None] * len(operation.shapes)
     return [left(each, dead) if isinstance(each, Tensor) and holds_any(each) else None for each in shadows]
-
-
-def left(labels: Tensor, dead: Tensor) -> tuple[int, ...] | None:
-    """The shape of a label tensor without its dead labels; None where that is not rectangular."""
-    core = unexpanded(labels)[0]
-    alive = ~dead[core.long()]
-    shape = []
-    for dim, size in enumerate(labels.shape):
-        if alive.shape[dim] != size:
-            shape.append(size)
-        else:
-            shape.append(int(alive.movedim(dim, 0).reshape(size, -1).any(1).sum()) if size else 0)
-    known = [n for dim, n in enumerate(shape) if alive.shape[dim] == labels.shape[dim]]
-    return tuple(shape) if int(alive.sum()) == int(torch.tensor(known or [1]).prod()) else None
 
 
 def demands(operation: Operation, dead: Tensor) -> dict[int, int]:

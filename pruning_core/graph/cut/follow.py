@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from pruning_core.graph.cut.attributes import Attributes, upwards_from
-from pruning_core.graph.cut.compare import CutModel, Outcome, demands, left
+from pruning_core.graph.cut.compare import CutModel, Outcome, demands
 from pruning_core.graph.cut.reference import MaskedRun
 from pruning_core.graph.cut.usual_names import usual
 from pruning_core.graph.errors import CannotFollowError, GraphError
 from pruning_core.graph.plan import Plan
+from pruning_core.graph.trace.labels import left
 from pruning_core.graph.trace.recorder import Operation
 
 Change = tuple[str, str, Any]

@@ -20,14 +20,15 @@ from pruning_core.graph.trace.operations import CONSUMERS, LAST_DIM_NORMS
 from pruning_core.graph.trace.recorder import Call, Recorder
 from pruning_core.graph.trace.run import record
 from pruning_core.graph.trace.shadows import AxisLabels, Shadow, StoredTensors
+from pruning_core.graph.trace.upcast import Upcast
 
 
 class MaskedRun(Recorder):
-    """Runs the dense model as if the labels in ``dead`` (bool per label) were gone."""
+    """Runs the dense model as if the labels in ``dead`` (bool per label) were gone; in float64 with an ``upcast``."""
 
-    def __init__(self, labels: Labels, stored: StoredTensors, dead: Tensor) -> None:
+    def __init__(self, labels: Labels, stored: StoredTensors, dead: Tensor, upcast: Upcast | None = None) -> None:
         super().__init__(labels, stored)
-        self.dead = dead
+        self.dead, self.upcast = dead, upcast
 
     def execute(self, call: Call, args: Any, kwargs: Any) -> Any:
         if call.name in LAST_DIM_NORMS and self._gone(call, "input", -1) is not None:
@@ -35,11 +36,14 @@ class MaskedRun(Recorder):
         if call.name == "group_norm" and self._gone(call, "input", 1) is not None:
             return self._group_norm(call)
         if call.name not in CONSUMERS:
-            return call.func(*args, **kwargs)
+            return self._run(call, args, kwargs)
         masked = {id(each): self._masked(each, call.shadows.get(id(each))) for each in call.tensors()}
         args, kwargs = pytree.tree_map_only(Tensor, lambda each: masked.get(id(each), each), (args, kwargs))
-        result = call.func(*args, **kwargs)
+        result = self._run(call, args, kwargs)
         return result * self._share(call) if call.name == "mean" else result
+
+    def _run(self, call: Call, args: Any, kwargs: Any) -> Any:
+        return self.upcast.run(call.func, args, kwargs) if self.upcast else call.func(*args, **kwargs)
 
     def _masked(self, tensor: Tensor, shadow: Shadow) -> Tensor:
         if shadow is None or not tensor.is_floating_point():
@@ -47,7 +51,9 @@ class MaskedRun(Recorder):
         for labels in [shadow] if isinstance(shadow, Tensor) else [shadow.spread(dim) for dim in shadow.labelled()]:
             gone = self._dead(labels)
             if bool(unexpanded(gone)[0].any()):
-                tensor = tensor.masked_fill(gone, 0)
+                whole, tensor = tensor, tensor.masked_fill(gone, 0)
+                if self.upcast:
+                    self.upcast.stands_for(tensor, whole)
         return tensor
 
     def _dead(self, labels: Tensor) -> Tensor:
@@ -71,8 +77,8 @@ class MaskedRun(Recorder):
         assert gone is not None
         kept = (~gone).nonzero()[:, 0]
         narrow = {name: call[name][..., kept] for name in ("input", "weight", "bias") if isinstance(call[name], Tensor)}
-        part = call.func(**{**call.arguments, **narrow, "normalized_shape": [len(kept)]})
-        return torch.zeros_like(call["input"]).index_copy(-1, kept, part)
+        part = self._run(call, (), {**call.arguments, **narrow, "normalized_shape": [len(kept)]})
+        return part.new_zeros(call["input"].shape).index_copy(-1, kept, part)
 
     def _group_norm(self, call: Call) -> Tensor:
         gone = self._gone(call, "input", 1)
@@ -80,8 +86,9 @@ class MaskedRun(Recorder):
         kept = (~gone).nonzero()[:, 0]
         groups = len(kept) if call["num_groups"] == len(gone) else call["num_groups"]
         narrow = {name: call[name][kept] for name in ("weight", "bias") if isinstance(call[name], Tensor)}
-        part = call.func(**{**call.arguments, **narrow, "input": call["input"][:, kept], "num_groups": groups})
-        return torch.zeros_like(call["input"]).index_copy(1, kept, part)
+        narrow["input"] = call["input"][:, kept]
+        part = self._run(call, (), {**call.arguments, **narrow, "num_groups": groups})
+        return part.new_zeros(call["input"].shape).index_copy(1, kept, part)
 
     def _share(self, call: Call) -> float:
         """A mean over channels is over the kept ones."""
@@ -105,8 +112,8 @@ def dead_labels(labels: Labels, plan: Plan) -> Tensor:
     return torch.from_numpy(dead)
 
 
-def masked_run(model: nn.Module, plan: Plan, example: Inputs) -> MaskedRun:
+def masked_run(model: nn.Module, plan: Plan, example: Inputs, upcast: Upcast | None = None) -> MaskedRun:
     """Runs the reference on the example; keeps its ``output`` and every operation."""
     labels = Labels(plan.narrow_heads)
     stored = StoredTensors(labels, model)
-    return record(MaskedRun(labels, stored, dead_labels(labels, plan)), model, example, training=False)
+    return record(MaskedRun(labels, stored, dead_labels(labels, plan), upcast), model, example, training=False)

@@ -10,19 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pruning_core.graph.errors import GraphError
+from pruning_core.graph.inputs import put
 from pruning_core.graph.plan import Plan, named_tensors
 from pruning_core.graph.trace.labels import Axis
 
 Before = Mapping[str, tuple[Tensor, Tensor, Tensor | None]]
-
-
-def put(tensor: Tensor, data: Tensor) -> None:
-    """Gives a tensor other data, of any shape. Autograd remembers a leaf's shape for as long as some graph of it lives
-    (the last loss that a loop still holds), and forgets it only when the type changes as well."""
-    if tensor.requires_grad and tensor.is_leaf and tensor.shape != data.shape:
-        other = torch.float16 if data.dtype != torch.float16 else torch.float32
-        tensor.data = torch.empty(0, dtype=other, device=data.device)
-    tensor.data = data
 
 
 def laid_out(part: Tensor, whole: Tensor) -> Tensor:

@@ -67,6 +67,20 @@ def holds_any(labels: Tensor | None) -> bool:
     return labels is not None and bool((unexpanded(labels)[0] != NONE).any())
 
 
+def left(labels: Tensor, dead: Tensor) -> tuple[int, ...] | None:
+    """The shape of a label tensor without its dead labels; None where that is not rectangular."""
+    core = unexpanded(labels)[0]
+    alive = ~dead[core.long()]
+    shape = []
+    for dim, size in enumerate(labels.shape):
+        if alive.shape[dim] != size:
+            shape.append(size)
+        else:
+            shape.append(int(alive.movedim(dim, 0).reshape(size, -1).any(1).sum()) if size else 0)
+    known = [n for dim, n in enumerate(shape) if alive.shape[dim] == labels.shape[dim]]
+    return tuple(shape) if int(alive.sum()) == int(torch.tensor(known or [1]).prod()) else None
+
+
 class Labels:
     """All labels of a model; ties, frozen and removable labels, and balances are collected while it runs.
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from pruning_core.graph.errors import GraphError
+from pruning_core.graph.errors import CannotRunError
 from pruning_core.graph.inputs import Inputs, leaves, untouched
 from pruning_core.graph.trace.recorder import ModulePath, Recorder
 from pruning_core.graph.trace.rules import rule_of
@@ -30,7 +30,7 @@ def record(trace: R, model: nn.Module, example: Inputs, *, training: bool, outpu
     except Exception as error:
         mode = "training" if training else "evaluation"
         first_line = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
-        raise GraphError(
+        raise CannotRunError(
             f"example_inputs: the model cannot run them in {mode} mode ({first_line}, in "
             f"{path.now or 'the model itself'}); give inputs that model(...) takes"
         ) from error
