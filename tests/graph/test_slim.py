@@ -311,6 +311,17 @@ def test_the_difference_from_the_masked_model_is_told(dtype, apart):
     assert f"{done.difference:.1e}" in str(done)
 
 
+def test_reading_widths_computes_no_weight_in_training_mode():
+    """A spectral norm takes a step of its power iteration whenever its weight is read."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4), nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)))
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    example = torch.randn(2, 6)
+    slim_(model, ChannelGraph.trace(model, example).plan({"0.weight:0": [1]}))
+    assert model.training and before
+    assert_same(dict(model.named_buffers()), before)
+
+
 def test_two_cuts_are_one():
     model = Net().double().eval()
     graph = ChannelGraph.trace(model, EXAMPLE.double())

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from pruning_core.graph.cut.widths import widths
+from pruning_core.graph.inputs import untouched
 
 
 class Attributes:
@@ -43,10 +44,11 @@ class Attributes:
 
     def follow_parameters(self) -> None:
         """Updates the width attributes of PyTorch's own modules from their parameters."""
-        for path, module in self.modules.items():
-            for name, value in widths(module).items():
-                if getattr(module, name) != value:
-                    self.set(path, name, value)
+        with untouched(self.modules[""]):  # a weight under a parametrization is computed when it is read
+            found = [(path, name, value) for path, each in self.modules.items() for name, value in widths(each).items()]
+        for path, name, value in found:
+            if getattr(self.modules[path], name) != value:
+                self.set(path, name, value)
 
     def holders(self, where: str, old: int, upwards: bool) -> Iterator[tuple[str, str]]:
         """Attributes equal to this number, in the module and then in those around it."""

@@ -14,6 +14,7 @@ from pruning_core.graph.cut.compare import CutModel, Outcome, demands
 from pruning_core.graph.cut.reference import MaskedRun
 from pruning_core.graph.cut.usual_names import usual
 from pruning_core.graph.errors import CannotFollowError, GraphError
+from pruning_core.graph.inputs import untouched
 from pruning_core.graph.plan import Plan
 from pruning_core.graph.trace.labels import left
 from pruning_core.graph.trace.recorder import Operation
@@ -52,7 +53,8 @@ def _follow_inputs(attributes: Attributes, trace: MaskedRun) -> None:
 
 def follow_usual_names(attributes: Attributes, cut: CutModel, plan: Plan) -> None:
     """Sets attributes that no code reads; reverted where the run then fails or differs."""
-    wanted = list(usual(cut.model, plan, attributes.changed))
+    with untouched(cut.model):
+        wanted = list(usual(cut.model, plan, attributes.changed))
     every = {name for _, name, _ in wanted}
     for names in ([every] if wanted else []) + [{name} for name in sorted(every)]:
         mark = attributes.mark()

@@ -67,9 +67,9 @@ def slim_(
 
     Parameters stay the same objects, so training goes on. The cut model runs on the example and must give what the
     masked dense model gives (for a graph traced with ``outputs_may_shrink``: in the channels that are kept); if it does
-    not, everything is put back and ``GraphError`` says where they part. Where they differ by more than 1e-6, and in half
-    precision, both run again in float64 and must agree to 1e-9. ``example_inputs`` is needed only for a plan that was
-    loaded: one that a graph made remembers what the graph was traced with.
+    not, everything is put back and ``GraphError`` says where they part. Where they differ by more than 1e-6, and in
+    half precision, both run again in float64 and must agree to 1e-9. ``example_inputs`` is needed only for a plan that
+    was loaded: one that a graph made remembers what the graph was traced with.
     """
     plan.check(model)
     example = plan.example if example_inputs is None else as_inputs(example_inputs)
