@@ -65,9 +65,8 @@ def _cut(model: nn.Module, plan: Plan, example: Inputs, way: Way) -> None:
         upcast = Upcast(trial, None if way.lively else {}) if way.upcast else None
         trace = masked_run(trial, plan, example, upcast)
         reference = wanted(trace, plan.outputs_may_shrink)
-        broken = any(bool(each.isnan().any()) for each in reference if each.is_floating_point())
-        if way != WAYS[-1] and (broken or (upcast is not None and upcast.rounded)):
-            raise CannotRunError("example_inputs: the outputs say nothing in float64")
+        if upcast is not None and upcast.rounded:
+            raise CannotRunError("example_inputs: what they give is rounded on the way")
         cut_parameters(trial, plan)
         attributes = Attributes(trial)
         attributes.follow_parameters()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pruning_core.graph.cut.reference import MaskedRun
-from pruning_core.graph.errors import GraphError
+from pruning_core.graph.errors import CannotRunError, GraphError
 from pruning_core.graph.inputs import leaves
 from pruning_core.graph.trace.labels import left
 
@@ -22,7 +22,12 @@ ENDLESS = 1e30
 
 def wanted(trace: MaskedRun, outputs_may_shrink: bool) -> list[Tensor]:
     """What the cut model must give: the masked model's outputs, of those that lose channels the kept part."""
-    found = leaves(trace.output)
+    found = [each if each.layout == torch.strided else each.to_dense() for each in leaves(trace.output)]
+    if any(bool(each.isnan().any()) for each in found if each.is_floating_point()):
+        raise CannotRunError(
+            "example_inputs: the model's outputs on them are NaN, so that no cut can be checked; give inputs that it "
+            "computes numbers from"
+        )
     return [kept_part(trace, leaf, leaf) if outputs_may_shrink else leaf.detach().clone() for leaf in found]
 
 
@@ -52,6 +57,7 @@ def tolerance_of(dtypes: Iterable[torch.dtype]) -> float:
 def accept(reference: list[Tensor], got: list[Tensor], tolerance: float) -> float:
     """The largest relative difference; GraphError if it is above the tolerance."""
     worst = 0.0
+    got = [each if each.layout == torch.strided else each.to_dense() for each in got]
     if len(reference) != len(got):
         raise GraphError(f"slim_: gives {len(got)} tensors, not {len(reference)}; the model was put back as it was")
     for want, have in zip(reference, got, strict=True):

@@ -148,7 +148,7 @@ class Recorder(TorchDispatchMode):
             call.shadows = {id(each): self.shadow_of(each) for each in call.tensors()}
             constants = self._constants(call)
             call.result = result = self.execute(call, args, kwargs or {})
-            shadow = self.rule_of(call)(self, call)
+            shadow = self._labels_of(call)
         self._remember(result, shadow)
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -158,6 +158,18 @@ class Recorder(TorchDispatchMode):
         if call.name not in UNSTEADY:
             self.operations.append(Operation.of(call, result, shadow, constants))
         return result
+
+    def _labels_of(self, call: Call) -> Any:
+        """What the rule says; a call that its rule does not expect freezes what it reads."""
+        try:
+            shadow = self.rule_of(call)(self, call)
+            if _fits(call.result, shadow):
+                return shadow
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            pass
+        for each in call.shadows.values():
+            self.freeze(each, "an operation whose rule does not know these arguments")
+        return None
 
     def _constants(self, call: Call) -> tuple[tuple[int, float], ...]:
         """Numbers that came as tensors which no operation has made: what the code computed beside the model."""
@@ -267,6 +279,16 @@ class Operation:
         if len(given) == len(results):
             known += [(tuple(each.shape), of_it) for each, of_it in zip(results, given, strict=True)]
         return cls(call.name, call.where, call.numbers(), shapes_of(result), shadow, tuple(known), constants)
+
+
+def _fits(result: Any, shadow: Any) -> bool:
+    """Whether labels have the shape of what they are labels of."""
+    if isinstance(shadow, (tuple, list)):
+        many = isinstance(result, (tuple, list)) and len(result) == len(shadow)
+        return many and all(_fits(*each) for each in zip(result, shadow, strict=True))
+    if shadow is None or not isinstance(result, Tensor):
+        return True
+    return tuple(shadow.shape) == tuple(result.shape)
 
 
 def number_in(tensor: Tensor) -> float | None:

@@ -21,6 +21,12 @@ LIKE = (
     "nan_to_num clamp_ fill_ zero_ fill normal_ uniform_ bernoulli_ exponential_ native_dropout "
     "fake_quantize_per_tensor_affine"
 ).split()
+WRITES = (
+    "copy_ index_put_ index_put _index_put_impl_ index_add_ index_add index_copy_ index_copy index_fill_ index_fill "
+    "index_reduce_ index_reduce scatter_ scatter scatter_add_ scatter_add scatter_reduce_ scatter_reduce "
+    "masked_scatter_ masked_scatter slice_scatter select_scatter set_"
+).split()
+ADDS = ("index_add", "index_reduce", "scatter_add", "scatter_reduce")
 MEET = "where masked_fill masked_fill_ lerp addcmul addcdiv _assert_tensor_metadata clamp_min clamp_max isclose".split()
 
 
@@ -154,11 +160,9 @@ def _parameter_beside(labels: Labels, shadow: AxisLabels, there: Tensor) -> None
             used = True
 
 
-@rule("copy_", "index_put_", "index_put", "_index_put_impl_", "index_add_", "index_add", "index_copy_", "scatter_",
-      "scatter", "scatter_add_", "scatter_add", "masked_scatter_", "masked_scatter", "slice_scatter", "select_scatter",
-      "set_")  # fmt: skip
+@rule(*WRITES)
 def write(trace: Recorder, call: Call) -> Any:
-    """In-place writes: labels are copied into a fresh buffer, tied where labelled values are overwritten."""
+    """Writes: labels are copied into a fresh buffer, tied where labelled values are overwritten or added to."""
     source = next((call[name] for name in ("source", "src", "values") if isinstance(call[name], Tensor)), None)
     shadow = call.shadows.get(id(source))
     target = call.shadow("self")
@@ -170,8 +174,15 @@ def write(trace: Recorder, call: Call) -> Any:
         trace.freeze(shadow, "is written into a tensor of fixed size")
         return None
     labels = as_activation(trace.labels, shadow, tuple(source.shape)) if source is not None else None
+    dims = [call["dim"]] if "dim" in call else indexed(call)
+    if any(varies(target, dim) for dim in dims):
+        trace.freeze(target, "is written into by number")
+        trace.freeze(labels, "is written by number")
+        return target
     if labels is None or not holds_any(labels):
         return target
+    if call.name.startswith(ADDS) or call["accumulate"] or isinstance(call["reduce"], str):
+        return _added(trace, call, target, labels, dims)
     if trace.is_buffer(target):
         run = {**call.arguments, "self": target}
         run.update({name: labels for name in ("source", "src", "values") if call[name] is source})
@@ -183,3 +194,43 @@ def write(trace: Recorder, call: Call) -> Any:
     trace.freeze(target, "is written into by number")
     trace.freeze(labels, "is written by number")
     return target
+
+
+def indexed(call: Call) -> list[int]:
+    """The dimensions that ``indices`` pick from."""
+    dims, at = [], 0
+    for each in call["indices"] or ():
+        if each is not None:
+            dims += list(range(at, at + (each.dim() if each.dtype == torch.bool else 1)))
+        at += each.dim() if each is not None and each.dtype == torch.bool else 1
+    return dims
+
+
+def _added(trace: Recorder, call: Call, target: Tensor, labels: Tensor, dims: list[int]) -> Tensor | None:
+    """Rows are added to rows, as in graph networks: all rows have the channels of the source."""
+    if "indices" in call:  # the source has the shape of the indices in place of the dimensions that they pick from
+        picked = max(each.dim() for each in call["indices"] if each is not None)
+        rest = labels.dim() - picked
+        rows, fits = range(picked), dims == list(range(target.dim() - rest))
+    else:
+        rest = labels.dim() - 1
+        rows = range(dims[0] % max(labels.dim(), 1), dims[0] % max(labels.dim(), 1) + 1)
+        fits = labels.dim() == target.dim()
+    line = labels
+    for dim in rows if fits else ():
+        fits = fits and not varies(labels, dim)
+        line = line.narrow(dim, 0, 1)
+    if "indices" in call and fits:
+        line = line.reshape(line.shape[len(rows) :])
+    sizes = zip(reversed(line.shape), reversed(target.shape), strict=False)
+    fresh = trace.is_buffer(target)
+    if not fits or not (fresh or holds_any(target)) or any(mine not in (1, theirs) for mine, theirs in sizes):
+        trace.freeze(target, "is added to by number")
+        trace.freeze(labels, "is added by number")
+        return target
+    line = line.expand(target.shape)
+    trace.labels.tie_where_both(target, line)
+    merged = torch.where(target == NONE, line, target)
+    if fresh and call.name.endswith("_"):
+        return target.copy_(merged)
+    return compact(merged)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pruning_core.graph.trace.labels import compact, holds_any, varies, varying
 from pruning_core.graph.trace.recorder import Call, Recorder
+from pruning_core.graph.trace.rules.elementwise import indexed
 from pruning_core.graph.trace.rules.table import rule
 from pruning_core.graph.trace.shadows import AxisLabels, as_activation
 
@@ -33,10 +34,16 @@ def run(call: Call, main: str, labels: Tensor) -> Any:
         return labels.expand(call.result.shape)
     name = call.name.removesuffix("_") if not call.name.startswith("_") else call.name
     packet = getattr(torch.ops.aten, name)
-    overload = getattr(packet, call.func._overloadname)
+    overload = getattr(packet, call.func._overloadname, None) or _of_same_arguments(packet, call)
     known = {argument.name for argument in overload._schema.arguments}
     arguments = {key: value for key, value in call.arguments.items() if key in known}
     return overload(**{**arguments, main: labels})
+
+
+def _of_same_arguments(packet: Any, call: Call) -> Any:
+    """The overload for a call in place, where that has another name (``transpose_``, ``transpose.int``)."""
+    every = [getattr(packet, name) for name in packet.overloads()]
+    return next(each for each in every if {argument.name for argument in each._schema.arguments} == {*call.arguments})
 
 
 def follow(trace: Recorder, call: Call, main: str = "self") -> Any:
@@ -60,6 +67,10 @@ def same(trace: Recorder, call: Call) -> Any:
 @rule(*VIEWS)
 def view(trace: Recorder, call: Call) -> Any:
     """Another shape or order of the same elements."""
+    if isinstance(call["dtype"], torch.dtype):
+        for shadow in call.shadows.values():
+            trace.freeze(shadow, "its bytes are read as another type")
+        return None
     return follow(trace, call)
 
 
@@ -134,8 +145,9 @@ def pieces(trace: Recorder, call: Call) -> Any:
             found = [compact(each) for each in found]
     first: dict[int, Tensor] = {}
     for size, each in zip(sizes, along, strict=False):
-        line = each.movedim(dim if each.dim() > 1 else 0, 0).reshape(size, -1)[:, 0]
-        if first.setdefault(size, line) is not line:
+        line = each.movedim(dim if each.dim() > 1 else 0, 0)
+        line = line[(slice(None), *[0] * (line.dim() - 1))]
+        if size and first.setdefault(size, line) is not line:
             trace.labels.balance(first[size], line)
     if call.name.endswith("chunk") and len(set(sizes)) > 1:
         trace.freeze(shadow, "is cut into unequal pieces")
@@ -184,7 +196,10 @@ def _joined(trace: Recorder, call: Call, tensors: list[Tensor]) -> Tensor:
 def index(trace: Recorder, call: Call) -> Any:
     """Indexing by number; along an axis of channels it freezes them."""
     shadow = call.shadow("self")
-    dims = [call["dim"]] if "dim" in call else _indexed(call)
+    dims = [call["dim"]] if "dim" in call else indexed(call)
+    if dims == [None]:  # of the flattened tensor
+        trace.freeze(shadow, "is picked from by number")
+        return None
     if isinstance(shadow, AxisLabels):
         for dim in dims:
             trace.labels.freeze(shadow.vector(dim), "is picked from by number")
@@ -199,15 +214,6 @@ def index(trace: Recorder, call: Call) -> Any:
 
 def _pick(call: Call, labels: Tensor) -> Tensor:
     return call.func(**{**call.arguments, "self": labels})
-
-
-def _indexed(call: Call) -> list[int]:
-    dims, at = [], 0
-    for each in call["indices"] or ():
-        if each is not None:
-            dims += list(range(at, at + (each.dim() if each.dtype == torch.bool else 1)))
-        at += each.dim() if each is not None and each.dtype == torch.bool else 1
-    return dims
 
 
 @rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")

@@ -25,9 +25,9 @@ POOLS = {
 SOFTMAX = "softmax _softmax log_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin softmin"
 SUMS = (
     "mean sum amax amin max min var std var_mean std_mean norm linalg_vector_norm prod any all argmax argmin "
-    "logsumexp median count_nonzero nansum nanmean aminmax"
+    "logsumexp median nanmedian mode kthvalue count_nonzero nansum nanmean aminmax"
 )
-ORDERED = "sort topk argsort kthvalue msort"
+ORDERED = "sort topk argsort msort"
 
 
 def _flat(labels: Tensor, dims: Iterable[int], shape: tuple[int, ...]) -> Tensor:
