@@ -10,7 +10,8 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 from torchvision.ops import FrozenBatchNorm2d
 
-from pruning_core.graph import ChannelGraph
+from pruning_core.graph import ChannelGraph, slim_
+from pruning_core.graph.trace.labels import Axis
 from tests.support.graph_reference import (
     Calls,
     Case,
@@ -496,3 +497,122 @@ def test_a_channel_without_others_of_its_kind_stays_with_a_reason():
     why = "no other channel has the same axes, and one must stay"
     assert reasons(graph, "inner.weight:0") == [(1, why)]
     assert reasons(graph, "alone.weight:1") == [(2, why)]
+
+
+# ---- rows that are added to rows: graph networks -------------------------------------------------------------------
+
+EDGES = torch.randint(0, 7, (2, 20), generator=torch.Generator().manual_seed(0))
+NODES = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
+
+
+def wide(to, m):
+    return to[:, None].expand(-1, m.shape[1])
+
+
+ADDS = {
+    "index_add_": lambda z, to, m: z.index_add_(0, to, m),
+    "index_add": lambda z, to, m: z.index_add(0, to, m),
+    "scatter_add_": lambda z, to, m: z.scatter_add_(0, wide(to, m), m),
+    "scatter_add": lambda z, to, m: z.scatter_add(-2, wide(to, m), m),
+    "scatter_ with add": lambda z, to, m: z.scatter_(0, wide(to, m), m, reduce="add"),
+    "scatter_reduce_ mean": lambda z, to, m: z.scatter_reduce_(0, wide(to, m), m, "mean", include_self=False),
+    "scatter_reduce amax": lambda z, to, m: z.scatter_reduce(0, wide(to, m), m, "amax"),
+    "index_reduce_": lambda z, to, m: z.index_reduce_(0, to, m, "mean"),
+    "index_put_": lambda z, to, m: z.index_put_((to,), m, accumulate=True),
+    "index_put": lambda z, to, m: z.index_put((to,), m, accumulate=True),
+    "two by two": lambda z, to, m: z.new_zeros(7, 2, z.shape[1]).index_put_((to, to % 2), m, accumulate=True).sum(1),
+    "a view of zeros": lambda z, to, m: z[None][0].index_add_(0, to, m),
+}
+
+
+class GraphNet(nn.Module):
+    """Messages along edges are added at the nodes they go to."""
+
+    def __init__(self, add):
+        super().__init__()
+        torch.manual_seed(0)
+        self.node, self.message, self.out = nn.Linear(5, 12), nn.Linear(12, 10), nn.Linear(10, 3)
+        self.add = add
+
+    def forward(self, x, edges):
+        h = self.node(x).relu()
+        m = self.message(h[edges[0]])
+        return self.out(self.add(h.new_zeros(len(x), m.shape[1]), edges[1], m))
+
+
+@pytest.mark.filterwarnings("ignore:index_reduce", "ignore:The reduce argument")
+@pytest.mark.parametrize("add", ADDS.values(), ids=ADDS)
+def test_rows_added_to_rows_keep_their_channels_removable(add):
+    model = GraphNet(add).double()
+    graph = ChannelGraph.trace(model, (NODES.double(), EDGES))
+    assert {name: len(group) for name, group in graph.groups.items()} == {"node.weight:0": 12, "message.weight:0": 10}
+    done = slim_(model, graph.plan({"node.weight:0": [0, 5, 7], "message.weight:0": [1, 2, 9]}))
+    assert done.difference < 1e-12 and model.out.weight.shape == (3, 7)
+
+
+@pytest.mark.parametrize(
+    ("add", "tied"),
+    [
+        (lambda h, to, m: torch.zeros_like(h).index_add_(0, to, m), True),
+        (lambda h, to, m: h.clone().index_add_(0, to, m), True),
+        (lambda h, to, m: h.clone().scatter_reduce(0, wide(to, m), m, "sum"), True),
+        (lambda h, to, m: torch.zeros(7, m.shape[1]).double().index_add_(0, to, m).index_add_(0, to, h[to]), True),
+        (lambda h, to, m: h.new_zeros(20, 12).index_add_(1, torch.arange(12).flip(0), m)[:7], False),
+        (lambda h, to, m: m.clone().index_add_(1, torch.arange(12).flip(0), m)[:7], False),
+        (lambda h, to, m: m.clone().index_fill_(1, torch.tensor([3]), 0.0)[:7], False),
+        (lambda h, to, m: m.scatter(1, torch.zeros(20, 1, dtype=torch.int64), 2.0)[:7], False),
+    ],
+)
+def test_what_is_added_to_channels_is_tied_to_them_and_across_channels_it_freezes(add, tied):
+    class Net(GraphNet):
+        def forward(self, x, edges):
+            h = self.node(x).relu()
+            return self.out(self.add(h, edges[1], self.message(h[edges[0]])))
+
+    model = Net(add)
+    model.message, model.out = nn.Linear(12, 12), nn.Linear(12, 3)
+    model.double()
+    graph = ChannelGraph.trace(model, (NODES.double(), EDGES))
+    if tied:
+        assert [len(group) for group in graph.groups.values()] == [12]
+        assert set(graph.groups["node.weight:0"].slices[0]) >= {Axis("message.weight", 0), Axis("out.weight", 1)}
+        assert slim_(model, graph.plan({"node.weight:0": [0, 4]})).difference < 1e-12
+    else:
+        assert "message.weight:0" not in graph.groups
+        assert any("by number" in why for axis, _, why in graph.frozen() if axis == Axis("message.weight", 0))
+
+
+class Dots(nn.Module):
+    """Dot products of vectors, as in the old ``spectral_norm``."""
+
+    def __init__(self, dot):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.middle, self.last, self.dot = nn.Linear(5, 12), nn.Linear(12, 12), nn.Linear(12, 3), dot
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(h * self.dot(self.middle, h))
+
+
+@pytest.mark.parametrize(
+    "dot",
+    [
+        lambda middle, h: torch.dot(middle.bias, middle.bias),
+        lambda middle, h: torch.dot(h[0], h[1]),
+        lambda middle, h: torch.dot(middle.bias, h[0]),
+        lambda middle, h: torch.vdot(h[0], middle.bias),
+        lambda middle, h: torch.dot(middle.bias, torch.mv(middle.weight, middle.bias)),
+    ],
+)
+def test_dot_products_are_cut_right_or_frozen_by_name(dot):
+    model = Dots(dot).double()
+    graph = ChannelGraph.trace(model, NODES.double())
+    assert all("does not know these" not in why and "other outputs" not in why for _, _, why in graph.frozen())
+    slim_(model, graph.plan({name: [0, 3] for name in graph.groups}))
+
+
+def test_the_old_spectral_norm_says_why_it_is_frozen():
+    model = nn.Sequential(nn.Linear(5, 12), nn.utils.spectral_norm(nn.Linear(12, 12)), nn.Linear(12, 3))
+    graph = ChannelGraph.trace(model, NODES)
+    assert any("a weight that is no parameter" in why for _, _, why in graph.frozen())
