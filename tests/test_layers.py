@@ -13,7 +13,7 @@ FLOORS = [  # a room may import rooms of its own floor or lower; a room is a fil
     {"registry", "checkpoint", "latency", "integrations/when_imported"},
     {"options", "criteria", "schedules", "patterns", "selection", "report", "distillation"},
     {"limits"},
-    {"graph/errors", "graph/inputs"},
+    {"graph/errors", "graph/inputs", "graph/wrappers"},
     {"graph/trace"},
     {"graph/plan"},
     {"graph/couple", "graph/cut"},

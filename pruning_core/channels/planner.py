@@ -56,6 +56,7 @@ def plan_channels(
         seed=seed,
     )
     kind, left = read_budget(budget)
+    graph.check()
     room = GroupLimits(graph, options)
     scores = unit_scores(graph, CRITERIA[options.criterion](options.seed), Data(batches, to_loss))
     order = ordered(graph, scores, options.scope)
@@ -87,10 +88,12 @@ def ordered(graph: ChannelGraph, scores: Mapping[int, float], scope: str) -> lis
 
 def _cost_of(graph: ChannelGraph, kind: str) -> Callable[[Removed], float]:
     """The share of a cost that is left."""
-    if kind == "params":
-        return lambda removed: graph.params(removed) / graph.params()
-    if kind == "macs":
-        return lambda removed: graph.macs(removed) / graph.macs()
+    if kind in ("params", "macs"):
+        count = graph.params if kind == "params" else graph.macs
+        whole = count()
+        if not whole:
+            raise GraphError(f"budget: the model has no {kind} on its example, got {kind}; give another budget")
+        return lambda removed: count(removed) / whole
     if kind == "channels":
         total = sum(len(group) for group in graph.groups.values())
         return lambda removed: 1 - sum(map(len, removed.values())) / max(total, 1)

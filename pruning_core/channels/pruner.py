@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
@@ -17,6 +16,7 @@ from pruning_core.channels.scores import Data, ToLoss, own_gradients, unit_score
 from pruning_core.criteria import CRITERIA
 from pruning_core.graph import ChannelGraph, GraphError, Slimmed, slim_
 from pruning_core.graph.inputs import Inputs
+from pruning_core.graph.wrappers import unwrapped
 
 
 class Pruner:
@@ -24,8 +24,7 @@ class Pruner:
 
     ``criterion``, ``round_to``, ``limits``, ``op_names``, ``excluded_op_names``: as in ``plan_channels``.
     ``distributed``: the model trains on several ranks, each calling ``rebuild_model`` at the same step with a batch of
-    its own. Scores are averaged, all ranks remove the same channels, and a ``DistributedDataParallel`` around the
-    model is made ready for its new parameters.
+    its own. Scores are averaged, all ranks remove the same channels.
     """
 
     def __init__(
@@ -40,7 +39,7 @@ class Pruner:
         excluded_op_names: Sequence[str] = (),
     ) -> None:
         self.model = model
-        self.inner = model.module if isinstance(model, DistributedDataParallel) else model
+        self.inner = unwrapped(model)
         self.distributed = distributed
         self.options = read_options(
             criterion=criterion,
@@ -63,20 +62,10 @@ class Pruner:
         example = self._example(batch, to_loss_fn)
         graph = ChannelGraph.trace(self.inner, example)
         criterion = CRITERIA[self.options.criterion](self.options.seed)
-        scores = unit_scores(graph, criterion, Data([batch], lambda _, each: self._loss(to_loss_fn, each)))
+        scores = unit_scores(graph, criterion, Data([batch], lambda _, each: to_loss_fn(self.model, each)))
         scores = self._averaged(scores, sorted(graph.where))
         plan = graph.plan(self._chosen(graph, scores, prune_num))
-        done = slim_(self.inner, plan, optimizer=optimizer)
-        if isinstance(self.model, DistributedDataParallel):
-            renew(self.model)
-        return done
-
-    def _loss(self, to_loss_fn: ToLoss, batch: Any) -> Tensor:
-        """A number, whatever is returned: what is not summed yet is summed here."""
-        parts = [leaf.sum() for leaf in pytree.tree_leaves(to_loss_fn(self.model, batch)) if isinstance(leaf, Tensor)]
-        if not parts:
-            raise GraphError("to_loss_fn: must return a tensor that depends on the model, got none")
-        return torch.stack([each.float() for each in parts]).sum()
+        return slim_(self.model, plan, optimizer=optimizer)
 
     def _example(self, batch: Any, to_loss_fn: ToLoss) -> Inputs:
         """What the model is called with for this batch."""
@@ -127,11 +116,3 @@ class Pruner:
 
 def _count(removed: Removed) -> int:
     return sum(map(len, removed.values()))
-
-
-def renew(wrapper: DistributedDataParallel) -> None:
-    """Makes the wrapper's gradient buckets anew, the way it does itself when it is unpickled."""
-    if wrapper.process_group is not distributed.distributed_c10d._get_default_group():
-        raise GraphError("model: wrapped with a process group of its own, got one; wrap it again after the cut")
-    state = wrapper.__getstate__()
-    wrapper.__setstate__(state)

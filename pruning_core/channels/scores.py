@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from pruning_core.criteria import Criterion, Slices, fold_lines
 from pruning_core.graph import ChannelGraph, GraphError
 from pruning_core.graph.inputs import buffers_kept
 from pruning_core.graph.trace.labels import Axis
 
+NO_BATCH = "criterion: batches is empty, got no batch; give at least one"
 ToLoss = Callable[[nn.Module, Any], Any]
 
 
@@ -31,6 +33,8 @@ class Data:
         """``to_loss``; GraphError where none was given."""
         if self.to_loss is None:
             raise GraphError(f"criterion: {what} needs data, got none; give batches and to_loss")
+        if not isinstance(self.batches, Iterable):
+            raise GraphError(f"batches: must be a list or a DataLoader, got {type(self.batches).__name__}")
         return self.to_loss
 
 
@@ -75,7 +79,7 @@ def _axis_scores(graph: ChannelGraph, criterion: Criterion, data: Data) -> dict[
             sums[axis] = sums[axis] + each if axis in sums else each
         batches += 1
     if not batches:
-        raise GraphError("criterion: batches is empty, got no batch; give at least one")
+        raise GraphError(NO_BATCH)
     _tell_without_gradient(graph, {axis.tensor for axis in axes} - {axis.tensor for axis in sums})
     return {axis: criterion.finish(each / batches) for axis, each in sums.items()}
 
@@ -113,8 +117,19 @@ def _slices(graph: ChannelGraph, axis: Axis, activations: np.ndarray | None) -> 
 
 def _activations(graph: ChannelGraph, data: Data) -> np.ndarray:
     """An activation carries the labels of the axis that produced it."""
-    to_loss = data.needed("activation")
-    return graph.mean_activations(lambda model: [to_loss(model, batch) for batch in data.batches])
+    to_loss, calls = data.needed("activation"), 0
+
+    def run(model: nn.Module) -> None:
+        nonlocal calls
+        for calls, batch in enumerate(data.batches, 1):  # noqa: B007 - counted
+            to_loss(model, batch)
+
+    found = graph.mean_activations(run)
+    if not calls:
+        raise GraphError(NO_BATCH)
+    if not found.any():
+        raise GraphError("to_loss: must call the model that it is given, got a function that does not")
+    return found
 
 
 def _gradients(graph: ChannelGraph, data: Data) -> Iterator[dict[str, Tensor]]:
@@ -123,8 +138,21 @@ def _gradients(graph: ChannelGraph, data: Data) -> Iterator[dict[str, Tensor]]:
     with own_gradients(graph.model):
         for batch in data.batches:
             graph.model.zero_grad(set_to_none=True)
-            to_loss(graph.model, batch).sum().backward()
+            loss_of(to_loss, graph.model, batch).backward()
             yield {name: each.grad for name, each in graph.model.named_parameters() if each.grad is not None}
+
+
+def loss_of(to_loss: ToLoss, model: nn.Module, batch: Any) -> Tensor:
+    """A number, whatever is returned: what is not summed yet is summed here."""
+    given = to_loss(model, batch)
+    parts = [leaf.sum() for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if not parts:
+        raise GraphError(f"to_loss: must return a tensor that depends on the model, got {_what(given)}")
+    return torch.stack([each.float() for each in parts]).sum()
+
+
+def _what(given: Any) -> str:
+    return "a tensor without a gradient" if isinstance(given, Tensor) else type(given).__name__
 
 
 @contextlib.contextmanager

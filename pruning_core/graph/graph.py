@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from torch.jit import ScriptModule
 
 from pruning_core.graph.couple.groups import Coupling, Removed
 from pruning_core.graph.couple.trial import prove
 from pruning_core.graph.cut.copies import TrialCuts
 from pruning_core.graph.errors import GraphError
-from pruning_core.graph.inputs import Inputs, as_inputs
+from pruning_core.graph.inputs import Inputs, as_inputs, leaves
 from pruning_core.graph.plan import Plan, digest
 from pruning_core.graph.trace.activations import mean_activations
 from pruning_core.graph.trace.labels import Axis, Labels
@@ -22,6 +22,7 @@ from pruning_core.graph.trace.modules import tie_modules
 from pruning_core.graph.trace.recorder import Cost, Recorder
 from pruning_core.graph.trace.run import record
 from pruning_core.graph.trace.shadows import StoredTensors
+from pruning_core.graph.wrappers import refuse_unready, unwrapped
 
 
 class ChannelGraph(Coupling):
@@ -44,6 +45,7 @@ class ChannelGraph(Coupling):
         self.model, self.example, self.stored = model, example, traces[0].stored
         self.notes, self.outputs_may_shrink = notes, outputs_may_shrink
         self._cut = TrialCuts(model)
+        self.traced = digest(model)
         self.parameters = frozenset(name for name, _ in model.named_parameters())
         self.consumers = frozenset(axis for trace in traces for axis in trace.consumers)
         self.norms: dict[str, int | None] = {}
@@ -72,6 +74,8 @@ class ChannelGraph(Coupling):
         three more for each size that the code keeps in its own way. ``trial=False`` spares the copy and its passes;
         then groups are listed that the code may not follow, and ``slim_`` finds out.
         """
+        model = unwrapped(model)
+        refuse_unready(model)
         scripted = next((name for name, each in model.named_modules() if isinstance(each, ScriptModule)), None)
         if scripted is not None:
             raise GraphError(
@@ -79,6 +83,9 @@ class ChannelGraph(Coupling):
                 "it was made from, and script it after the cut"
             )
         labels, example = Labels(narrow_heads), as_inputs(example_inputs)
+        first = next((each for each in leaves(example) if isinstance(each, Tensor) and each.dim()), None)
+        if first is not None and not first.shape[0]:
+            raise GraphError(f"example_inputs: holds no example, got shape {tuple(first.shape)}; give at least one")
         stored = StoredTensors(labels, model)
         may = outputs_may_shrink
         traces = [record(Recorder(labels, stored), model, example, training=False, outputs_may_shrink=may)]
@@ -153,6 +160,7 @@ class ChannelGraph(Coupling):
 
     def plan(self, removed: Removed) -> Plan:
         """The plan that removes ``{group name: channel numbers}``; GraphError where pieces would become unequal."""
+        self.check()
         chosen = {name: tuple(sorted({int(i) for i in channels})) for name, channels in removed.items()}
         for name, channels in chosen.items():
             self._check(name, channels)
@@ -168,12 +176,19 @@ class ChannelGraph(Coupling):
             channels={name: channels for name, channels in chosen.items() if channels},
             consumers=self.consumers & axes.keys(),
             norms=self.norms,
-            model=digest(self.model),
+            model=self.traced,
             narrow_heads=self.labels.narrow_heads,
             outputs_may_shrink=self.outputs_may_shrink,
             multiplied=frozenset(where for where, vector in products if bool(gone[vector.numpy()].any())),
             example=self.example,
         )
+
+    def check(self) -> None:
+        """GraphError if the model is no longer what was traced."""
+        now = dict(self.model.named_parameters())
+        other = any(now.get(name) is not self.stored.names.get(name, now.get(name)) for name in self.parameters)
+        if other or digest(self.model) != self.traced:
+            raise GraphError("graph: the model has other parameters than when it was traced; trace it again")
 
     def _check(self, name: str, channels: tuple[int, ...]) -> None:
         if name not in self.groups:

@@ -83,7 +83,7 @@ def test_what_the_function_returns_is_summed():
         (to_loss, 0, "^prune_num: must be at least 1, got 0"),
         (to_loss, 39, "^prune_num: only 37 channels of this model can go within these limits, got 39"),
         (lambda model, batch: torch.zeros(()), 3, "^to_loss_fn: must call the model that it is given"),
-        (lambda model, batch: (model(batch[0]), None)[1], 3, "^to_loss_fn: must return a tensor"),
+        (lambda model, batch: (model(batch[0]), None)[1], 3, "^to_loss: must return a tensor"),
     ],
 )
 def test_what_is_refused(function, count, message):
@@ -117,3 +117,14 @@ def test_two_ranks(tmp_path):
     for mine, theirs in zip(first["grads"], second["grads"], strict=True):
         for (got, alone), (_, other) in zip(mine, theirs, strict=True):
             torch.testing.assert_close(got, (alone + other) / 2)
+    for mine, theirs in zip(first["by_hand"], second["by_hand"], strict=True):  # the wrapper, its module
+        assert mine["state"]["0.weight"].shape == (21, 6) and mine["state"]["2.weight"].shape == (23, 21)
+        assert all(torch.equal(value, theirs["state"][name]) for name, value in mine["state"].items())
+        for (got, alone), (_, other) in zip(mine["pairs"], theirs["pairs"], strict=True):
+            torch.testing.assert_close(got, (alone + other) / 2)
+    for each in (first, second):
+        assert [text.partition(",")[0] for text in each["refused"]] == [
+            "plan: differs between the ranks; make it on one rank and broadcast it",
+            "model: wrapped with a process group of its own",
+            "0.weight: is sharded over ranks (FSDP",
+        ]

@@ -178,3 +178,58 @@ def test_a_plan_from_a_file_needs_an_example(tmp_path):
     with pytest.raises(pc.GraphError, match=r"^example_inputs: "):
         pc.slim_(model, plan)
     assert pc.slim_(model, plan, example_inputs=EXAMPLE).params_after < graph.params()
+
+
+def two_layers():
+    return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def summed(model, batch):
+    return model(batch).sum()
+
+
+ONES = torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("message", "given"),
+    [
+        (r"model: must be a torch.nn.Module, got NoneType", {"model": lambda: None}),
+        (
+            r"0.weight: has no numbers, got the meta device; load the weights",
+            {"model": lambda: two_layers().to("meta")},
+        ),
+        (r"budget: the model has no macs on its example, got macs", {"model": nn.ReLU}),
+        (r"budget: the model has no params on its example", {"model": nn.ReLU, "budget": {"params": 0.5}}),
+        (r"budget: cannot be met, got channels 0.5", {"model": nn.ReLU, "budget": {"channels": 0.5}}),
+        (r"budget: is one of .*, got 0.5; for example \{'macs': 0.5\}", {"budget": 0.5}),
+        (r"budget: is one of .*, got '0.5'; for example \{'macs': 0.5\}", {"budget": "0.5"}),
+        (r"budget: is the share that is left, .*, got '0.5'", {"budget": {"macs": "0.5"}}),
+        (r"budget: is the share that is left, .*, got nan", {"budget": {"macs": float("nan")}}),
+        (r"example_inputs: holds no example, got shape \(0, 3\)", {"example_inputs": ONES[:0]}),
+        (r"optimizer: must be a torch.optim.Optimizer or several, got int", {"optimizer": 3}),
+        (r"optimizer: must be a torch.optim.Optimizer or several, got NoneType", {"optimizer": [None]}),
+        (r"ema: must be a module or several, got int", {"ema": 3}),
+        (r"criterion: batches is empty", {"criterion": "activation", "batches": [], "to_loss": summed}),
+        (r"criterion: batches is empty", {"criterion": "taylor", "batches": iter(()), "to_loss": summed}),
+        (r"batches: must be a list or a DataLoader, got int", {"criterion": "taylor", "batches": 3, "to_loss": summed}),
+        (
+            r"to_loss: must return a tensor that depends on the model, got float",
+            {"criterion": "taylor", "batches": [ONES], "to_loss": lambda model, batch: 3.0},
+        ),
+        (
+            r"to_loss: must return a tensor that depends on the model, got a tensor without a gradient",
+            {"criterion": "fisher", "batches": [ONES], "to_loss": lambda model, batch: model(batch).detach()},
+        ),
+        (
+            r"to_loss: must call the model that it is given",
+            {"criterion": "activation", "batches": [ONES], "to_loss": lambda model, batch: 3.0},
+        ),
+    ],
+)
+def test_one_line_for_what_cannot_be(message, given):
+    given = dict(given)
+    make, budget = given.pop("model", two_layers), given.pop("budget", {"macs": 0.5})
+    with pytest.raises(pc.GraphError, match=f"^{message}") as caught:
+        pc.slim(make(), budget, given.pop("example_inputs", ONES), **given)
+    assert "\n" not in str(caught.value)

@@ -135,9 +135,66 @@ def test_a_loss_that_is_still_held_does_not_disturb():
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     held = step(model, optimizer, 0)
     slim_(model, planned(model), example_inputs=EXAMPLE, optimizer=optimizer)
-    assert all(parameter.grad is None for parameter in (model.conv1.weight, model.fc2.weight))
     step(model, optimizer, 1)
     assert held.grad_fn is not None
+
+
+def test_gradients_that_are_accumulated_lose_what_their_parameters_lose():
+    model = Net().double().eval()
+    example = EXAMPLE.double()
+    plan = planned(model, 0, example)
+    model(example).square().sum().backward()
+    before = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    slim_(model, plan)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, index(before[name], plan, name))
+    model(example).square().sum().backward()  # adds to them
+    assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    model, other = Net(), Net()
+    bits = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(GraphError, match=r"^optimizer: holds none of the model's parameters, got a AdamW of another"):
+        slim_(model, planned(model), optimizer=OPTIMIZERS["adamw"](other.parameters()))
+    assert_same(dict(model.state_dict()), bits)
+    both = OPTIMIZERS["adamw"]([*model.parameters(), *other.parameters()])
+    slim_(model, planned(model), optimizer=both)
+
+
+class Compiled(nn.Module):
+    """As ``torch.compile`` wraps a model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self._orig_mod = model
+
+    def forward(self, x):
+        return self._orig_mod(x)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, Compiled])
+def test_what_wraps_a_model_is_seen_through(wrap):
+    model = Net()
+    graph = ChannelGraph.trace(wrap(model), EXAMPLE)
+    assert graph.model is model and "conv1.weight:0" in graph.groups
+    slim_(wrap(model), graph.plan({"conv1.weight:0": [0]}), ema=wrap(copy.deepcopy(model)))
+    assert len(model.conv1.weight) == 7
+
+
+def test_a_model_that_is_not_ready_is_refused():
+    with pytest.raises(GraphError, match=r"^0\.weight: has no shape yet, got a lazy module; run the model once first"):
+        ChannelGraph.trace(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2)), torch.ones(2, 3))
+    with pytest.raises(GraphError, match=r"^example_inputs: holds no example, got shape \(0, 3\); give at least one"):
+        ChannelGraph.trace(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.ones(0, 3))
+
+
+def test_a_graph_of_a_model_that_has_changed_is_refused():
+    model = Net()
+    graph = ChannelGraph.trace(model, EXAMPLE)
+    slim_(model, graph.plan({"conv1.weight:0": [0]}))
+    with pytest.raises(GraphError, match=r"^graph: the model has other parameters than when it was traced"):
+        graph.plan({"conv1.weight:0": [0]})
 
 
 @pytest.mark.parametrize(

@@ -26,18 +26,34 @@ def laid_out(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def cut_parameters(model: nn.Module, plan: Plan) -> None:
-    """Slices every parameter and buffer of the plan in place; gradients are dropped."""
+    """Slices every parameter and buffer of the plan in place, and gradients with them."""
     tensors = named_tensors(model)
     by_tensor: dict[str, list[Axis]] = {}
     for axis in plan.removed:
         by_tensor.setdefault(axis.tensor, []).append(axis)
     for name, axes in by_tensor.items():
         tensor = tensors[name]
-        data = tensor.detach()
+        data, grad = tensor.detach(), tensor.grad
         for axis in axes:
-            data = data.index_select(axis.dim, torch.tensor(plan.kept(axis), device=data.device))
-        put(tensor, laid_out(data, tensor))
+            kept = torch.tensor(plan.kept(axis), device=data.device)
+            data = data.index_select(axis.dim, kept)
+            grad = None if grad is None else grad.index_select(axis.dim, kept)
         tensor.grad = None
+        put(tensor, laid_out(data, tensor))
+        tensor.grad = None if grad is None else laid_out(grad, tensor)
+
+
+def check_optimizers(model: nn.Module, optimizers: list[Optimizer]) -> None:
+    """GraphError for what is no optimizer of this model: its states would be left behind."""
+    own = {id(parameter) for parameter in model.parameters()}
+    for each in optimizers:
+        if not hasattr(each, "param_groups"):
+            raise GraphError(f"optimizer: must be a torch.optim.Optimizer or several, got {type(each).__name__}")
+        if not any(id(parameter) in own for group in each.param_groups for parameter in group["params"]):
+            raise GraphError(
+                f"optimizer: holds none of the model's parameters, got a {type(each).__name__} of another model; give "
+                "the one that trains this model"
+            )
 
 
 def cut_optimizer(

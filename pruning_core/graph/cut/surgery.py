@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ from pruning_core.graph.cut.compare import CutModel
 from pruning_core.graph.cut.difference import IN_FLOAT64, ROUNDING, tolerance_of, wanted
 from pruning_core.graph.cut.follow import follow, follow_usual_names
 from pruning_core.graph.cut.reference import masked_run
-from pruning_core.graph.cut.slicing import cut_optimizer, cut_parameters
+from pruning_core.graph.cut.slicing import check_optimizers, cut_optimizer, cut_parameters
 from pruning_core.graph.cut.structure import remember
 from pruning_core.graph.errors import CannotRunError, GraphError
 from pruning_core.graph.inputs import Inputs, as_inputs, put
 from pruning_core.graph.plan import Plan, named_tensors
 from pruning_core.graph.trace.upcast import Upcast, in_double, stored_in_double
+from pruning_core.graph.wrappers import agree, refuse_unready, renew, replicas_of, unwrapped
 
 HALF = {torch.float16, torch.bfloat16}
 
@@ -65,20 +67,29 @@ def slim_(
 ) -> Slimmed:
     """Cuts the model in place as the plan says, and with it optimizer states and averaged copies.
 
-    Parameters stay the same objects, so training goes on. The cut model runs on the example and must give what the
-    masked dense model gives (for a graph traced with ``outputs_may_shrink``: in the channels that are kept); if it does
-    not, everything is put back and ``GraphError`` says where they part. Where they differ by more than 1e-6, and in
-    half precision, both run again in float64 and must agree to 1e-9. ``example_inputs`` is needed only for a plan that
-    was loaded: one that a graph made remembers what the graph was traced with.
+    Parameters stay the same objects and gradients lose what their parameters lose, so training goes on, also under
+    ``DistributedDataParallel``, where all ranks cut by one plan. The cut model runs on the example and must give what
+    the masked dense model gives (for a graph traced with ``outputs_may_shrink``: in the channels that are kept); if it
+    does not, everything is put back and ``GraphError`` says where they part. Where they differ by more than 1e-6, and
+    in half precision, both run again in float64 and must agree to 1e-9. ``example_inputs`` is needed only for a plan
+    that was loaded: one that a graph made remembers what the graph was traced with.
     """
+    model = unwrapped(model)
+    refuse_unready(model)
     plan.check(model)
     example = plan.example if example_inputs is None else as_inputs(example_inputs)
     if example is None:
         raise GraphError("example_inputs: a loaded plan has none, got None; give what model(...) takes")
-    copies = [ema] if isinstance(ema, nn.Module) else list(ema or ())
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    copies = [unwrapped(each) for each in _several(ema, nn.Module)]
+    optimizers = _several(optimizer, Optimizer)
     for each in copies:
+        if not isinstance(each, nn.Module):
+            raise GraphError(f"ema: must be a module or several, got {type(each).__name__}")
         plan.check(each)
+    check_optimizers(model, optimizers)
+    replicas = replicas_of(model)
+    if replicas:
+        agree(model, "plan", json.dumps(plan.to_dict(), sort_keys=True))
     params = sum(parameter.numel() for parameter in model.parameters())
     trace = masked_run(model, plan, example)
     reference, tolerance = wanted(trace, plan.outputs_may_shrink), tolerance_of(trace.dtypes)
@@ -102,11 +113,20 @@ def slim_(
         raise
     for state, key, value in states:
         state[key] = value
+    for replica in replicas:
+        renew(replica)
     for each in (model, *copies):
         remember(each, plan, attributes.changed)
     after = sum(parameter.numel() for parameter in model.parameters())
     compared = sum(leaf.numel() for leaf in reference if leaf.is_floating_point())
     return Slimmed(params, after, difference, compared, attributes.changed, exact)
+
+
+def _several(given: Any, kind: type) -> list[Any]:
+    """A list of what may be given as one, as several, or not at all."""
+    if given is None:
+        return []
+    return list(given) if isinstance(given, Iterable) and not isinstance(given, kind) else [given]
 
 
 def _proved(model: nn.Module, plan: Plan, example: Inputs, dense: Snapshot) -> float:
