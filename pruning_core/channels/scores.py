@@ -137,9 +137,12 @@ def _gradients(graph: ChannelGraph, data: Data) -> Iterator[dict[str, Tensor]]:
     to_loss = data.needed("a gradient")
     with own_gradients(graph.model):
         for batch in data.batches:
-            graph.model.zero_grad(set_to_none=True)
+            for parameter in graph.model.parameters():
+                parameter.grad = None
             loss_of(to_loss, graph.model, batch).backward()
-            yield {name: each.grad for name, each in graph.model.named_parameters() if each.grad is not None}
+            found = {name: each.grad for name, each in graph.model.named_parameters() if each.grad is not None}
+            yield found
+            found.clear()  # before the next batch makes its own
 
 
 def loss_of(to_loss: ToLoss, model: nn.Module, batch: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import weakref
 
 import pytest
 import torch
@@ -242,3 +243,21 @@ def test_a_score_that_is_not_finite():
     graph.stored.names["0.weight"].data = model[0].weight.data
     with pytest.raises(GraphError, match=r"^criterion: a score is not finite"):
         plan_channels(graph, {"macs": 0.5})
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "fisher", "gradient", "snip", "snip_momentum"])
+def test_gradients_of_one_batch_are_gone_before_the_next(criterion):
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    graph = ChannelGraph.trace(model, torch.ones(1, 3))
+    seen, alive = [], []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda each: seen.append(weakref.ref(each.grad)))
+
+    def to_loss(model, batch):
+        alive.append(sum(ref() is not None for ref in seen))
+        return model(batch).square().sum()
+
+    batches = [torch.randn(2, 3) for _ in range(4)]
+    plan_channels(graph, {"channels": 0.5}, criterion=criterion, batches=batches, to_loss=to_loss)
+    assert len(seen) == 16 and alive == [0, 0, 0, 0]
+    assert all(ref() is None for ref in seen)
