@@ -231,7 +231,7 @@ def convolutional_attention(m, x):
     return m.out(x.reshape(b, -1, h, w))
 
 
-@case("softmax_over_head_width", tokens(), (8,), attention_layers, HEADS)
+@case("softmax_over_head_width", tokens(), (8, 4), attention_layers, HEADS)
 def softmax_over_head_width(m, x):
     x = m.a(x)
     q, k, v = (split_heads(each(x), m.heads, m.head_dim) for each in (m.q, m.k, m.v))
@@ -279,7 +279,7 @@ def multihead_attention(m, x):
 @case(
     "multihead_attention_with_weights",
     tokens(),
-    (12, 12),
+    (12, 4, 12),
     lambda: {"a": nn.Linear(5, 12), "mha": nn.MultiheadAttention(12, 4), "out": nn.Linear(12, 7)},
 )
 def multihead_attention_with_weights(m, x):

@@ -19,7 +19,7 @@ def concat(m, x):
     return m.out(torch.cat([m.a(x), m.b(x)], 1).sigmoid())
 
 
-@case("stack", image(), (), lambda: {"a": stem(4), "b": stem(4), "out": head(4)})
+@case("stack", image(), (4,), lambda: {"a": stem(4), "b": stem(4), "out": head(4)})
 def stack(m, x):
     return m.out(torch.stack([m.a(x).sigmoid(), m.b(x)]).sum(0))
 

@@ -616,3 +616,77 @@ def test_the_old_spectral_norm_says_why_it_is_frozen():
     model = nn.Sequential(nn.Linear(5, 12), nn.utils.spectral_norm(nn.Linear(12, 12)), nn.Linear(12, 3))
     graph = ChannelGraph.trace(model, NODES)
     assert any("a weight that is no parameter" in why for _, _, why in graph.frozen())
+
+
+# ---- numbers that change with a cut, and matter only where an output depends on them -------------------------------
+
+
+class Gated(nn.Module):
+    """What ``use`` makes of a mean over channels beside the path to the output."""
+
+    def __init__(self, use):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.use, self.kept = nn.Linear(5, 12), nn.Linear(12, 3), use, []
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.use(self, h, h.mean(-1), self.last(h))
+
+
+@pytest.mark.parametrize(
+    ("use", "free"),
+    [
+        (lambda m, h, mean, y: y, True),
+        (lambda m, h, mean, y: (mean * 2 + 1, y)[1], True),
+        (lambda m, h, mean, y: m.kept.append(mean.detach()) or y, True),
+        (lambda m, h, mean, y: (y, mean), False),
+        (lambda m, h, mean, y: {"y": y, "aux": mean.square().sum()}, False),
+        (lambda m, h, mean, y: y * mean[:, None], False),
+        (lambda m, h, mean, y: m.last(h * mean.sigmoid()[:, None]), False),
+        (lambda m, h, mean, y: y[mean.argsort()], False),
+        (lambda m, h, mean, y: y[: 1 + int(mean[0] > 0)], False),
+        (lambda m, h, mean, y: y if mean.sum() > 0 else -y, False),
+        (lambda m, h, mean, y: torch.zeros_like(y).copy_(mean[:, None]) + y, False),
+        (lambda m, h, mean, y: y.masked_fill(mean[:, None] > 0, 0.0), False),
+        (lambda m, h, mean, y: torch.stack([mean, mean]).max(0)[0][:, None] + y, False),
+    ],
+)
+def test_a_mean_over_channels_freezes_them_only_where_an_output_depends_on_it(use, free):
+    model = Gated(use).double()
+    graph = ChannelGraph.trace(model, NODES.double())
+    why = {reason for axis, _, reason in graph.frozen() if axis == Axis("first.weight", 0)}
+    if free:
+        assert len(graph.groups["first.weight:0"]) == 12 and not why
+        slim_(model, graph.plan({"first.weight:0": [0, 3]}))
+    else:
+        assert not graph.groups and "a mean over channels, at mean in the model" in why
+
+
+@pytest.mark.parametrize(
+    "reduce",
+    [
+        lambda both: torch.stack(both).mean(0),
+        lambda both: torch.stack(both, 1).sum(1),
+        lambda both: torch.stack(both, -1).amax(-1),
+        lambda both: torch.stack(both).max(0)[0],
+        lambda both: torch.stack(both).var(0),
+        lambda both: torch.stack(both).prod(0),
+        lambda both: (torch.stack(both) * torch.stack(both).mean(1, keepdim=True).softmax(0)).sum(0),
+    ],
+)
+def test_branches_that_are_stacked_and_reduced_lose_the_same_channels(reduce):
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.out = nn.Linear(5, 12), nn.Linear(5, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.out(reduce([self.a(x), self.b(x).relu()]))
+
+    model = Branches().double()
+    graph = ChannelGraph.trace(model, NODES.double())
+    assert [len(group) for group in graph.groups.values()] == [12]
+    assert set(graph.groups["a.weight:0"].slices[0]) >= {Axis("b.weight", 0), Axis("out.weight", 1)}
+    assert slim_(model, graph.plan({"a.weight:0": [0, 7, 8]})).difference < 1e-12

@@ -118,6 +118,7 @@ class Recorder(TorchDispatchMode):
         self.labels, self.stored = labels, stored
         self.shadows = WeakTensorKeyDictionary()
         self.squares = WeakTensorKeyDictionary()
+        self._changed = WeakTensorKeyDictionary()
         self._made = WeakTensorKeyDictionary()
         self._quiet = False
         self._buffers: dict[int, Tensor] = {}
@@ -149,6 +150,7 @@ class Recorder(TorchDispatchMode):
             constants = self._constants(call)
             call.result = result = self.execute(call, args, kwargs or {})
             shadow = self._labels_of(call)
+            self._inherit(call)
         self._remember(result, shadow)
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -170,6 +172,33 @@ class Recorder(TorchDispatchMode):
         for each in call.shadows.values():
             self.freeze(each, "an operation whose rule does not know these arguments")
         return None
+
+    def changes(self, call: Call, labels: Tensor, because: str) -> None:
+        """The result is another number once any of these channels goes: they freeze if an output depends on it."""
+        for leaf in pytree.tree_leaves(call.result):
+            if isinstance(leaf, Tensor):
+                self._changed[leaf] = [(labels, f"{because}, at {self.labels.place}")]
+
+    def _inherit(self, call: Call) -> None:
+        """What is computed from numbers that change does so as well. What is written elsewhere freezes at once."""
+        found = [each for tensor in call.tensors() for each in self._changed.get(tensor, ())] if self._changed else []
+        results = [leaf for leaf in pytree.tree_leaves(call.result) if isinstance(leaf, Tensor)]
+        writes = any(each.alias_info is not None and each.alias_info.is_write for each in call.func._schema.arguments)
+        if found and (writes or not results):
+            self._freeze_changed(found)
+            return
+        for leaf in results if found else ():
+            self._changed[leaf] = [*self._changed.get(leaf, ()), *found]
+
+    def _freeze_changed(self, found: list[tuple[Tensor, str]]) -> None:
+        outer, self.labels.place = self.labels.place, ""  # the reason names the place where it began
+        for labels, because in found:
+            self.labels.freeze(labels, because)
+        self.labels.place = outer
+
+    def end(self, output: Tensor) -> None:
+        """Freezes what an output depends on and may not."""
+        self._freeze_changed(self._changed.get(output, []))
 
     def _constants(self, call: Call) -> tuple[tuple[int, float], ...]:
         """Numbers that came as tensors which no operation has made: what the code computed beside the model."""

@@ -41,6 +41,7 @@ def record(trace: R, model: nn.Module, example: Inputs, *, training: bool, outpu
 
 def _end(trace: Recorder, outputs_may_shrink: bool) -> None:
     for leaf in leaves(trace.output):
+        trace.end(leaf)
         shadow = trace.shadow_of(leaf)
         if outputs_may_shrink and isinstance(shadow, Tensor):  # a parameter as an output is always frozen
             trace.labels.mark_removable(shadow)

@@ -60,9 +60,12 @@ for _spatial, _names in POOLS.items():
 
 @rule(*SOFTMAX.split())
 def softmax(trace: Recorder, call: Call) -> Any:
-    """Over positions labels pass; over channels they are frozen."""
+    """Over positions labels pass; over channels they are frozen, except where all that meet go together."""
     labels = trace.activation(call, "self")
-    if varies(labels, call["dim"] % max(labels.dim(), 1)):
+    dim = call["dim"] % max(labels.dim(), 1)
+    if varies(labels, dim) and len(varying(labels)) > 1:
+        labels = compact(trace.labels.tie_along(labels, dim).expand(labels.shape))
+    elif varies(labels, dim):
         trace.labels.freeze(labels, f"a {call.name.strip('_')} over channels")
         return None
     return (labels, labels) if isinstance(call.result, tuple) else labels
@@ -70,17 +73,22 @@ def softmax(trace: Recorder, call: Call) -> Any:
 
 @rule(*SUMS.split())
 def reduction(trace: Recorder, call: Call) -> Any:
-    """Over positions labels pass; over channels only sums that are part of a norm leave them removable."""
+    """Over positions labels pass. Over channels they pass where all that is reduced to one number goes together, or as
+    part of a norm."""
     labels = trace.activation(call, "self")
     other = call.shadow("other")
     if isinstance(other, Tensor) or isinstance(call["other"], Tensor):
         return pointwise(trace, call)
     dims = _dims(call, labels.dim())
     mixed = [dim for dim in dims if varies(labels, dim)]
-    if mixed and not _is_norm(trace, call):
-        trace.labels.freeze(labels, f"a {call.name} over channels")
+    outer = [dim for dim in varying(labels) if dim not in dims]
+    if mixed and not outer and not _is_norm(trace, call):
+        trace.changes(call, labels, f"a {call.name} over channels")
         return None
-    if mixed:
+    if mixed and not _is_norm(trace, call):
+        for dim in mixed:  # heads of a head's channels, or the same channels of several tensors: they go together
+            trace.labels.tie_along(labels, dim)
+    elif mixed:
         _norm(trace, call, labels, mixed)
         labels = torch.zeros((), dtype=torch.int32).expand(labels.shape)
     kept = _flat(labels, dims, tuple(1 if dim in dims else size for dim, size in enumerate(labels.shape)))
