@@ -410,7 +410,7 @@ def lstm_last_state(m, x):
 @case(
     "lstm_given_state",
     tokens(),
-    (),
+    (6,),
     lambda: {"lstm": nn.LSTM(5, 6, batch_first=True), "out": nn.Linear(6, 4)},
     {"width": 6},
 )

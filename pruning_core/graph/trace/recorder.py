@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pruning_core.graph.trace.labels import Axis, Labels, holds_any, varying
+from pruning_core.graph.trace.labels import Axis, Labels, holds_any, unexpanded, varying
 from pruning_core.graph.trace.operations import FRESH, UNSTEADY
 from pruning_core.graph.trace.shadows import AxisLabels, Shadow, StoredTensors, as_activation
 
@@ -232,6 +232,17 @@ class Recorder(TorchDispatchMode):
         """Ties an axis of a weight to the channels it consumes; freezes them where the weight has a fixed size."""
         self.consumers.update(axis for axis in {self.labels.owner(int(label)) for label in taken.unique()} if axis)
         self.labels.tie(source, taken, "meets an input of fixed size")
+
+    def begun(self, labels: Tensor, dim: int, taken: Tensor) -> Tensor:
+        """A fresh tensor that a weight reads before anything was written into it (a first state of zeros) is as wide as
+        that weight: it gets the labels that are read."""
+        if not self.is_buffer(labels) or holds_any(labels) or labels.shape[dim] != len(taken):
+            return labels
+        view = [1] * labels.dim()
+        view[dim] = len(taken)
+        core = unexpanded(labels)[0]
+        core.copy_(taken.view(view).expand(core.shape))
+        return labels
 
     def norm(self, call: Call) -> None:
         """Remembers that the module takes statistics over channels, and where its input has them."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruning_core.graph.trace.labels import NONE, Labels, compact, holds_any, varies, varying
+from pruning_core.graph.trace.labels import NONE, Labels, compact, holds_any, unexpanded, varies, varying
 from pruning_core.graph.trace.recorder import Call, Recorder
 from pruning_core.graph.trace.rules.table import rule
 from pruning_core.graph.trace.shadows import AxisLabels, Shadow, as_activation
@@ -69,13 +69,19 @@ def _adopt(trace: Recorder, call: Call, labels: Tensor) -> None:
     dims = varying(labels)
     for tensor in call.tensors() if dims else []:
         missing = labels.dim() - tensor.dim()
-        if tensor is call.result or holds_any(trace.known(tensor)) or call.shadows[id(tensor)] is not None:
+        shadow = call.shadows[id(tensor)]
+        fresh = shadow if isinstance(shadow, Tensor) and trace.is_buffer(shadow) else None
+        if tensor is call.result or holds_any(trace.known(tensor)) or (shadow is not None and fresh is None):
             continue
         if all(dim >= missing and tensor.shape[dim - missing] > 1 and tensor.stride(dim - missing) for dim in dims):
             mine = labels[(0,) * missing]
             for dim, size in enumerate(tensor.shape):
                 mine = mine.narrow(dim, 0, 1) if size == 1 else mine
-            trace.adopt(tensor, mine.expand(tensor.shape))
+            if fresh is not None:
+                core = unexpanded(fresh)[0]
+                core.copy_(mine.expand(tensor.shape)[tuple(slice(size) for size in core.shape)])
+            else:
+                trace.adopt(tensor, mine.expand(tensor.shape))
 
 
 def _is_square(call: Call) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruning_core.graph.trace.labels import varies, varying
+from pruning_core.graph.trace.labels import holds_any, varies, varying
 from pruning_core.graph.trace.recorder import Call, Recorder
 from pruning_core.graph.trace.rules.table import rule
 from pruning_core.graph.trace.shadows import AxisLabels, as_activation
@@ -67,7 +67,7 @@ def addmm(trace: Recorder, call: Call) -> Any:
 
 
 def _apply(trace: Recorder, call: Call, source: str, taken: Tensor, given: Tensor, bias: str = "bias") -> Tensor:
-    labels = trace.activation(call, source)
+    labels = trace.begun(trace.activation(call, source), -1, taken)
     trace.consume(along(trace, labels, -1), taken)
     if varying(labels) and not varies(labels, labels.dim() - 1):
         return _across(trace, call, labels, labels.dim() - 1, [given])
@@ -94,8 +94,10 @@ def conv(trace: Recorder, call: Call) -> Any:
         if _pointwise(call, weight, spatial) and not varies(source, channel):
             return _across(trace, call, source, channel, [weight.vector(0), weight.vector(1)])
         trace.labels.freeze(source, "a convolution slides along channels")
-    taken = along(trace, source, channel)
     first, second = weight.vector(0), weight.vector(1)
+    if groups == 1:
+        source = trace.begun(source, channel, first if turned else second)
+    taken = along(trace, source, channel)
     if groups == 1:
         given, inner = (second, first) if turned else (first, second)
         trace.consume(taken, inner)
@@ -196,8 +198,11 @@ def recurrent(trace: Recorder, call: Call) -> Any:
     directions = 2 if call["bidirectional"] else 1
     each = len(weights) // (call["num_layers"] * directions)
     states = call["hx"] if isinstance(call["hx"], (list, tuple)) else [call["hx"]]
-    for state in states:
-        trace.freeze(call.shadows.get(id(state)), "is a given state")
+    given = [call.shadows.get(id(state)) for state in states]
+    fresh = [each for each in given if isinstance(each, Tensor) and trace.is_buffer(each) and not holds_any(each)]
+    for shadow in given:
+        if shadow is not None and not any(shadow is each for each in fresh):
+            trace.freeze(shadow, "is a given state")
     projected = each in (3, 5) and gates == 4
     source = along(trace, trace.activation(call, "input"), -1)
     common: list[Tensor] = []
@@ -207,6 +212,9 @@ def recurrent(trace: Recorder, call: Call) -> Any:
             at = (layer * directions + direction) * each
             out.append(_cell(trace, call, weights[at : at + each], source, gates, projected, common))
         source = torch.cat(out)
+    for labels, known in zip(given, common[::-1] if gates == 4 else common[1:], strict=False):
+        if isinstance(labels, Tensor):
+            trace.begun(labels, -1, known)
     hidden = source.expand(call.result[0].shape)
     return (hidden, *[None] * (len(call.result) - 1)) if not common else (hidden, *_states(call, source, common))
 
@@ -254,6 +262,7 @@ def cell(trace: Recorder, call: Call) -> Any:
     states = call["hx"] if isinstance(call["hx"], (list, tuple)) else [call["hx"]]
     for state in states:
         labels = as_activation(trace.labels, call.shadows.get(id(state)), tuple(state.shape))
+        labels = trace.begun(labels, -1, given)
         trace.labels.tie_where_both(labels, given.expand(labels.shape))
     many = isinstance(call.result, (tuple, list))
     return tuple(given.expand(each.shape) for each in call.result) if many else given.expand(call.result.shape)
