@@ -279,3 +279,21 @@ def test_masked_logits_do_not_hide_the_others(want, have, apart):
 def test_one_call_tells_it_too():
     model = Drift()
     assert str(pc.slim(model, {"channels": 0.9}, SERIES)).endswith("in float64)")
+
+
+class Cancelled(nn.Module):
+    """What is left of a difference is rounding alone."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.middle, self.last = nn.Linear(6, 64), nn.Linear(64, 12, bias=False), nn.Linear(12, 12)
+
+    def forward(self, x):
+        h = self.first(x)
+        once = self.middle(h)
+        return once + self.last(self.middle(3 * h) / 3 - once)
+
+
+def test_rounding_is_not_amplified_in_a_trial():
+    assert "first.weight:0" in ChannelGraph.trace(Cancelled(), SERIES).groups

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pruning_core.graph import ChannelGraph, GraphError, slim_, structure
+from pruning_core.graph import ChannelGraph, GraphError, masked_, slim_, structure
 from pruning_core.graph.trace.labels import Axis
 from tests.support.graph_reference import (
     Calls,
@@ -178,6 +178,7 @@ def test_what_wraps_a_model_is_seen_through(wrap):
     model = Net()
     graph = ChannelGraph.trace(wrap(model), EXAMPLE)
     assert graph.model is model and "conv1.weight:0" in graph.groups
+    masked_(wrap(model), graph.plan({"conv1.weight:0": [0]})).undo()
     slim_(wrap(model), graph.plan({"conv1.weight:0": [0]}), ema=wrap(copy.deepcopy(model)))
     assert len(model.conv1.weight) == 7
 

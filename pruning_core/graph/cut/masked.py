@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from pruning_core.graph.errors import GraphError
 from pruning_core.graph.plan import Plan, named_tensors
 from pruning_core.graph.trace.labels import Axis
+from pruning_core.graph.wrappers import unwrapped
 
 HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 
@@ -40,6 +41,7 @@ def masked_(model: nn.Module, plan: Plan) -> Masked:
     No tensor becomes smaller. In evaluation mode the outputs are those of the model after ``slim_``; in training mode
     too, where no dropout draws numbers, and so are the gradients of everything that is kept.
     """
+    model = unwrapped(model)
     plan.check(model)
     if plan.multiplied:
         where = min(plan.multiplied)

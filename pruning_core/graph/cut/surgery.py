@@ -68,11 +68,13 @@ def slim_(
     """Cuts the model in place as the plan says, and with it optimizer states and averaged copies.
 
     Parameters stay the same objects and gradients lose what their parameters lose, so training goes on, also under
-    ``DistributedDataParallel``, where all ranks cut by one plan. The cut model runs on the example and must give what
-    the masked dense model gives (for a graph traced with ``outputs_may_shrink``: in the channels that are kept); if it
-    does not, everything is put back and ``GraphError`` says where they part. Where they differ by more than 1e-6, and
-    in half precision, both run again in float64 and must agree to 1e-9. ``example_inputs`` is needed only for a plan
-    that was loaded: one that a graph made remembers what the graph was traced with.
+    ``DistributedDataParallel``, where all ranks must call it, with one plan.
+
+    The cut model runs on the example and must give what the masked dense model gives (for a graph traced with
+    ``outputs_may_shrink``: in the channels that are kept); if it does not, everything is put back and ``GraphError``
+    says where they part. Where they differ by more than 1e-6, and in half precision, both run again in float64 and must
+    agree to 1e-9. ``example_inputs`` is needed only for a plan that was loaded: one that a graph made remembers what
+    the graph was traced with.
     """
     model = unwrapped(model)
     refuse_unready(model)

@@ -32,6 +32,8 @@ WEIGHTED = frozenset(
 )
 LOUD = (0.1, 10.0)
 """The spread that a weighted operation's result may have in a trial; beyond it the weight is rescaled."""
+SILENT = 1e-6
+"""Less may be rounding alone (of what a norm made of a constant), which must not be amplified."""
 
 
 class Upcast:
@@ -77,7 +79,7 @@ class Upcast:
         result = again()
         if len(weights) == 1 and func.overloadpacket.__name__ in WEIGHTED:
             spread = _spread(result, func.overloadpacket.__name__)
-            if spread > 0 and not LOUD[0] <= spread <= LOUD[1]:
+            if spread > SILENT and not LOUD[0] <= spread <= LOUD[1]:
                 self.scales[weights[0]] = 1 / spread
                 result = again()
         return result
