@@ -14,6 +14,7 @@ from pruning_core.graph.cut.difference import accept
 from pruning_core.graph.cut.reference import MaskedRun
 from pruning_core.graph.errors import GraphError
 from pruning_core.graph.inputs import Inputs, leaves, untouched
+from pruning_core.graph.trace import draws
 from pruning_core.graph.trace.labels import holds_any, left
 from pruning_core.graph.trace.operations import SIZED, UNSTEADY
 from pruning_core.graph.trace.recorder import Call, ModulePath, Numbers, Operation, arguments_of, number_in, shapes_of
@@ -107,7 +108,7 @@ class Comparing(TorchDispatchMode):
         return result
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        return self.upcast.run(func, args, kwargs) if self.upcast else func(*args, **kwargs)
+        return self.upcast.run(func, args, kwargs) if self.upcast else draws.run(func, args, kwargs)
 
 
 def _numbers_fit(operation: Operation, numbers: Numbers, dead: Tensor, pointwise: bool) -> bool:

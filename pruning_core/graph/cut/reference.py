@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from pruning_core.graph.inputs import Inputs
 from pruning_core.graph.plan import Plan
+from pruning_core.graph.trace import draws
 from pruning_core.graph.trace.labels import NONE, Labels, unexpanded, varies
 from pruning_core.graph.trace.operations import CONSUMERS, LAST_DIM_NORMS
 from pruning_core.graph.trace.recorder import Call, Recorder
@@ -43,7 +44,7 @@ class MaskedRun(Recorder):
         return result * self._share(call) if call.name == "mean" else result
 
     def _run(self, call: Call, args: Any, kwargs: Any) -> Any:
-        return self.upcast.run(call.func, args, kwargs) if self.upcast else call.func(*args, **kwargs)
+        return self.upcast.run(call.func, args, kwargs) if self.upcast else draws.run(call.func, args, kwargs)
 
     def _masked(self, tensor: Tensor, shadow: Shadow) -> Tensor:
         if shadow is None or not tensor.is_floating_point():

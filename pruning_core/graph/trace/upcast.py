@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pruning_core.graph.inputs import Inputs, put
+from pruning_core.graph.trace import draws
 
 DOUBLE = {
     torch.float16: torch.float64,
@@ -72,7 +73,8 @@ class Upcast:
 
         def again() -> Any:
             values = [self._converted(argument, value, low) for argument, value in given]
-            result = func(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
+            named = dict(zip(kwargs, values[len(args) :], strict=True))
+            result = draws.run(func, tuple(values[: len(args)]), named)
             views = any(each.alias_info is not None for each in schema.returns)
             return result if views else pytree.tree_map_only(Tensor, _double, result)
 
