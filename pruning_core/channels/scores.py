@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from pruning_core.criteria import Criterion, Slices, fold_lines
 from pruning_core.graph import ChannelGraph, GraphError
-from pruning_core.graph.inputs import buffers_kept
+from pruning_core.graph.inputs import buffers_kept, leaves
 from pruning_core.graph.trace.labels import Axis
 
 NO_BATCH = "criterion: batches is empty, got no batch; give at least one"
@@ -119,15 +118,24 @@ def _activations(graph: ChannelGraph, data: Data) -> np.ndarray:
     """An activation carries the labels of the axis that produced it."""
     to_loss, calls = data.needed("activation"), 0
 
-    def run(model: nn.Module) -> None:
+    def count(*_: Any) -> None:
         nonlocal calls
-        for calls, batch in enumerate(data.batches, 1):  # noqa: B007 - counted
-            to_loss(model, batch)
+        calls += 1
 
-    found = graph.mean_activations(run)
+    def run(model: nn.Module) -> None:
+        batches = 0
+        for batch in data.batches:
+            batches += 1
+            to_loss(model, batch)
+        if not batches:
+            raise GraphError(NO_BATCH)
+
+    hook = graph.model.register_forward_pre_hook(count)
+    try:
+        found = graph.mean_activations(run)
+    finally:
+        hook.remove()
     if not calls:
-        raise GraphError(NO_BATCH)
-    if not found.any():
         raise GraphError("to_loss: must call the model that it is given, got a function that does not")
     return found
 
@@ -146,12 +154,15 @@ def _gradients(graph: ChannelGraph, data: Data) -> Iterator[dict[str, Tensor]]:
 
 
 def loss_of(to_loss: ToLoss, model: nn.Module, batch: Any) -> Tensor:
-    """A number, whatever is returned: what is not summed yet is summed here."""
+    """A number: a tensor is summed, and so are several losses. Not outputs that are returned beside a loss."""
     given = to_loss(model, batch)
-    parts = [leaf.sum() for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    parts = [leaf for leaf in leaves(given) if leaf.requires_grad]
     if not parts:
         raise GraphError(f"to_loss: must return a tensor that depends on the model, got {_what(given)}")
-    return torch.stack([each.float() for each in parts]).sum()
+    if len(parts) > 1 and any(leaf.numel() > 1 for leaf in parts):
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in parts[:4])
+        raise GraphError(f"to_loss: must return the loss alone, got tensors of shapes {shapes}; return output.loss")
+    return torch.stack([leaf.sum().float() for leaf in parts]).sum()
 
 
 def _what(given: Any) -> str:

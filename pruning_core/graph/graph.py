@@ -13,6 +13,7 @@ from torch.jit import ScriptModule
 from pruning_core.graph.couple.groups import Coupling, Removed
 from pruning_core.graph.couple.trial import prove
 from pruning_core.graph.cut.copies import TrialCuts
+from pruning_core.graph.cut.difference import numbers_of
 from pruning_core.graph.errors import GraphError
 from pruning_core.graph.inputs import Inputs, as_inputs, leaves
 from pruning_core.graph.plan import Plan, digest
@@ -89,6 +90,7 @@ class ChannelGraph(Coupling):
         stored = StoredTensors(labels, model)
         may = outputs_may_shrink
         traces = [record(Recorder(labels, stored), model, example, training=False, outputs_may_shrink=may)]
+        numbers_of(traces[0].output)
         notes: list[str] = []
         try:
             inputs = example if train_inputs is None else as_inputs(train_inputs)

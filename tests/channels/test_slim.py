@@ -222,6 +222,14 @@ ONES = torch.ones(2, 3)
             {"criterion": "fisher", "batches": [ONES], "to_loss": lambda model, batch: model(batch).detach()},
         ),
         (
+            r"to_loss: must return the loss alone, got tensors of shapes \(\), \(2, 2\); return output.loss",
+            {
+                "criterion": "taylor",
+                "batches": [ONES],
+                "to_loss": lambda model, batch: {"loss": model(batch).sum(), "logits": model(batch)},
+            },
+        ),
+        (
             r"to_loss: must call the model that it is given",
             {"criterion": "activation", "batches": [ONES], "to_loss": lambda model, batch: 3.0},
         ),

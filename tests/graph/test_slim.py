@@ -186,6 +186,12 @@ def test_what_wraps_a_model_is_seen_through(wrap):
 def test_a_model_that_is_not_ready_is_refused():
     with pytest.raises(GraphError, match=r"^0\.weight: has no shape yet, got a lazy module; run the model once first"):
         ChannelGraph.trace(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2)), torch.ones(2, 3))
+    flat = nn.Module()  # as FSDP keeps all parameters of a block
+    flat.register_parameter("_flat_param", nn.Parameter(torch.ones(9)))
+    with pytest.raises(GraphError, match=r"^_flat_param: is sharded over ranks \(FSDP"):
+        ChannelGraph.trace(flat, torch.ones(2, 3))
+    with pytest.raises(GraphError, match=r"^example_inputs: the model's outputs on them are NaN"):
+        ChannelGraph.trace(Net(), torch.full_like(EXAMPLE, float("nan")))
     with pytest.raises(GraphError, match=r"^example_inputs: holds no example, got shape \(0, 3\); give at least one"):
         ChannelGraph.trace(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.ones(0, 3))
 

@@ -10,7 +10,7 @@ from itertools import cycle
 from torch import Tensor, nn
 
 from pruning_core.graph.couple.groups import Coupling, Removed
-from pruning_core.graph.errors import CannotFollowError, CannotRunError, GraphError
+from pruning_core.graph.errors import CannotFollowError, GraphError
 from pruning_core.graph.trace.labels import compact, holds_any, unexpanded, varies, varying
 from pruning_core.graph.trace.recorder import Operation, Recorder
 
@@ -55,8 +55,6 @@ def prove(coupling: Coupling, model: nn.Module, attempt: Callable[[Removed], Non
                 if not _freeze_wrong(coupling, attempt):
                     break
             balanced[kind] = labels.balances[before:]
-        except CannotRunError:
-            raise
         except GraphError as error:
             last = str(error)
             if not _freeze_wrong(coupling, attempt):

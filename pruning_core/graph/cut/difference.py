@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +23,19 @@ ENDLESS = 1e30
 
 def wanted(trace: MaskedRun, outputs_may_shrink: bool) -> list[Tensor]:
     """What the cut model must give: the masked model's outputs, of those that lose channels the kept part."""
-    found = [each if each.layout == torch.strided else each.to_dense() for each in leaves(trace.output)]
+    found = numbers_of(trace.output)
+    return [kept_part(trace, leaf, leaf) if outputs_may_shrink else leaf.detach().clone() for leaf in found]
+
+
+def numbers_of(output: Any) -> list[Tensor]:
+    """The tensors of an output; CannotRunError where one holds NaN, which equals nothing."""
+    found = [each if each.layout == torch.strided else each.to_dense() for each in leaves(output)]
     if any(bool(each.isnan().any()) for each in found if each.is_floating_point()):
         raise CannotRunError(
             "example_inputs: the model's outputs on them are NaN, so that no cut can be checked; give inputs that it "
             "computes numbers from"
         )
-    return [kept_part(trace, leaf, leaf) if outputs_may_shrink else leaf.detach().clone() for leaf in found]
+    return found
 
 
 def kept_part(trace: MaskedRun, output: Tensor, value: Tensor) -> Tensor:

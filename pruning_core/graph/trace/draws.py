@@ -12,7 +12,7 @@ DROPOUTS = frozenset(
         "feature_alpha_dropout_"
     ).split()
 )
-LIKE = frozenset("rand_like randn_like bernoulli".split())
+DRAWN = frozenset("rand_like randn_like bernoulli".split())
 WRITTEN = frozenset("bernoulli_ normal_ uniform_ exponential_ log_normal_ cauchy_ geometric_".split())
 
 
@@ -23,8 +23,8 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
         return args[0]
     if name == "native_dropout":
         return args[0], torch.ones_like(args[0], dtype=torch.bool)
-    if name in LIKE:
-        return torch.full_like(args[0], 0.5)
+    if name in DRAWN:
+        return torch.full_like(args[0], 0.5, dtype=kwargs.get("dtype"))
     if name == "randint_like":
         return torch.zeros_like(args[0], dtype=kwargs.get("dtype"))
     if name in WRITTEN:

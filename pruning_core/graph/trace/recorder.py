@@ -165,10 +165,11 @@ class Recorder(TorchDispatchMode):
         """What the rule says; a call that its rule does not expect freezes what it reads."""
         try:
             shadow = self.rule_of(call)(self, call)
-            if _fits(call.result, shadow):
-                return shadow
+            known = _fits(call.result, shadow)
         except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-            pass
+            known = False
+        if known:
+            return shadow
         for each in call.shadows.values():
             self.freeze(each, "an operation whose rule does not know these arguments")
         return None
@@ -191,10 +192,9 @@ class Recorder(TorchDispatchMode):
             self._changed[leaf] = [*self._changed.get(leaf, ()), *found]
 
     def _freeze_changed(self, found: list[tuple[Tensor, str]]) -> None:
-        outer, self.labels.place = self.labels.place, ""  # the reason names the place where it began
-        for labels, because in found:
-            self.labels.freeze(labels, because)
-        self.labels.place = outer
+        with self.labels.at(""):  # the reason names the place where it began
+            for labels, because in found:
+                self.labels.freeze(labels, because)
 
     def end(self, output: Tensor) -> None:
         """Freezes what an output depends on and may not."""
