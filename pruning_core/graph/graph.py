@@ -49,9 +49,6 @@ class ChannelGraph(Coupling):
         self.traced = digest(model)
         self.parameters = frozenset(name for name, _ in model.named_parameters())
         self.consumers = frozenset(axis for trace in traces for axis in trace.consumers)
-        self.norms: dict[str, int | None] = {}
-        for where, dim in (found for trace in traces for found in trace.norms.items()):
-            self.norms[where] = dim if self.norms.get(where, dim) == dim else None
 
     @classmethod
     def trace(
@@ -177,13 +174,21 @@ class ChannelGraph(Coupling):
             removed=axes,
             channels={name: channels for name, channels in chosen.items() if channels},
             consumers=self.consumers & axes.keys(),
-            norms=self.norms,
+            norms=self._norms(gone),
             model=self.traced,
             narrow_heads=self.labels.narrow_heads,
             outputs_may_shrink=self.outputs_may_shrink,
             multiplied=frozenset(where for where, vector in products if bool(gone[vector.numpy()].any())),
             example=self.example,
         )
+
+    def _norms(self, gone: np.ndarray) -> dict[str, int | None]:
+        """The modules whose statistics lose channels."""
+        found: dict[str, int | None] = {}
+        for each in (each for trace in self.traces for each in trace.statistics):
+            if bool(gone[each.labels.numpy()].any()):
+                found[each.where] = each.dim if found.get(each.where, each.dim) == each.dim else None
+        return found
 
     def check(self) -> None:
         """GraphError if the model is no longer what was traced."""

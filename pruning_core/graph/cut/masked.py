@@ -70,10 +70,11 @@ def _kept(modules: dict[str, nn.Module], names: dict[int, str], path: str, plan:
     if path not in modules:
         raise GraphError(f"plan: names a norm that the model lacks, got {path!r}; make it for this model")
     own = list(modules[path].parameters(recurse=False))
+    vectors = all(each.dim() == 1 for each in own) and len(own) == len(list(modules[path].parameters()))
     removed = [axis for each in own if (axis := Axis(names[id(each)], 0)) in plan.removed]
-    if removed and plan.norms[path] is not None:
+    if vectors and removed and plan.norms[path] is not None:
         return torch.tensor(plan.kept(removed[0]))
-    if own and not removed and all(each.dim() == 1 for each in own):
+    if vectors and own and not removed:
         return None
     raise GraphError(
         f"{path or 'the model'}: takes statistics over channels outside of a norm with a weight, which masks in place "

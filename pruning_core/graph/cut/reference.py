@@ -1,7 +1,7 @@
 """The reference: the dense model, masked, computing what the cut one must compute.
 
-Consumers of removed channels read zeros, and norms take their statistics over the kept channels. So cut model and
-reference are equal for any activation, bias, norm, gate and padding in between.
+Consumers of removed channels read zeros, and statistics (norms, means, a softmax) are those of the kept channels. So cut
+model and reference are equal for any activation, bias, norm, gate and padding in between.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pruning_core.graph.inputs import Inputs
 from pruning_core.graph.plan import Plan
 from pruning_core.graph.trace import draws
 from pruning_core.graph.trace.labels import NONE, Labels, unexpanded, varies
-from pruning_core.graph.trace.operations import CONSUMERS, LAST_DIM_NORMS
+from pruning_core.graph.trace.operations import CHANNELS_FIRST_NORMS, CONSUMERS, LAST_DIM_NORMS, SCANS, STATISTICS
 from pruning_core.graph.trace.recorder import Call, Recorder
 from pruning_core.graph.trace.run import record
 from pruning_core.graph.trace.shadows import AxisLabels, Shadow, StoredTensors
@@ -36,12 +36,17 @@ class MaskedRun(Recorder):
             return self._last(call)
         if call.name == "group_norm" and self._gone(call, "input", 1) is not None:
             return self._group_norm(call)
+        if call.name in STATISTICS | SCANS and not isinstance(call["other"], Tensor):
+            gone = {dim: gone for dim in self._reduced(call) if (gone := self._gone(call, "self", dim)) is not None}
+            if gone:
+                return self._of_kept(call, gone)
+        if call.name in CHANNELS_FIRST_NORMS and isinstance(call.shadow("input"), AxisLabels):
+            return self._weight_standardized(call)
         if call.name not in CONSUMERS:
             return self._run(call, args, kwargs)
         masked = {id(each): self._masked(each, call.shadows.get(id(each))) for each in call.tensors()}
         args, kwargs = pytree.tree_map_only(Tensor, lambda each: masked.get(id(each), each), (args, kwargs))
-        result = self._run(call, args, kwargs)
-        return result * self._share(call) if call.name == "mean" else result
+        return self._run(call, args, kwargs)
 
     def _run(self, call: Call, args: Any, kwargs: Any) -> Any:
         return self.upcast.run(call.func, args, kwargs) if self.upcast else draws.run(call.func, args, kwargs)
@@ -91,17 +96,42 @@ class MaskedRun(Recorder):
         part = self._run(call, (), {**call.arguments, **narrow, "num_groups": groups})
         return part.new_zeros(call["input"].shape).index_copy(1, kept, part)
 
-    def _share(self, call: Call) -> float:
-        """A mean over channels is over the kept ones."""
-        shadow = call.shadow("self")
-        if not isinstance(shadow, Tensor):
-            return 1.0
+    def _weight_standardized(self, call: Call) -> Any:
+        """A batch norm of a weight, over the kept of what each output channel reads."""
+        weight, kept = call["input"], []
+        for dim in (0, *range(2, weight.dim())):
+            gone = self._gone(call, "input", dim)
+            kept.append((dim, torch.arange(weight.shape[dim]) if gone is None else (~gone).nonzero()[:, 0]))
+        part = weight
+        for dim, at in kept:
+            part = part.index_select(dim, at)
+        part = self._run(call, (), {**call.arguments, "input": part})
+        for dim, at in reversed(kept):
+            shape = [weight.shape[dim] if each == dim else size for each, size in enumerate(part.shape)]
+            part = part.new_zeros(shape).index_copy(dim, at, part)
+        return part
+
+    @staticmethod
+    def _reduced(call: Call) -> list[int]:
         dims = call["dim"] if isinstance(call["dim"], (list, tuple)) else [call["dim"]]
-        share = 1.0
-        for dim in dims if dims != [None] else []:
-            gone = self._gone(call, "self", dim)
-            share *= 1.0 if gone is None else len(gone) / int((~gone).sum())
-        return share
+        count = call["self"].dim()
+        return [dim % count for dim in dims] if count and dims and dims != [None] else list(range(count))
+
+    def _of_kept(self, call: Call, gone: dict[int, Tensor]) -> Any:
+        """A statistic of the kept channels; where each channel gets a number, the removed ones get zero."""
+        part = call["self"]
+        for dim, each in gone.items():
+            part = part.index_select(dim, (~each).nonzero()[:, 0])
+        if self.upcast:
+            self.upcast.stands_for(part, call["self"])
+        result = self._run(call, (), {**call.arguments, "self": part})
+        if call.name not in SCANS:
+            return result
+        ((dim, each),) = gone.items()
+        kept = (~each).nonzero()[:, 0]
+        return pytree.tree_map_only(
+            Tensor, lambda found: found.new_zeros(call["self"].shape).index_copy(dim, kept, found), result
+        )
 
 
 def dead_labels(labels: Labels, plan: Plan) -> Tensor:

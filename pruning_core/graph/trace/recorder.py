@@ -104,9 +104,8 @@ class ModulePath:
 class Recorder(TorchDispatchMode):
     """Follows the labels through one forward pass.
 
-    ``operations``: all that ran. ``consumers``: axes of weights that read channels. ``norms``: modules that take
-    statistics over channels, with the dimension of their input that these lie on, if it is one. ``costs``:
-    multiply-adds. ``products``: sums of channels times channels. ``inputs``: the labels that each module was first
+    ``operations``: all that ran. ``consumers``: axes of weights that read channels. ``statistics``: those over
+    channels. ``costs``: multiply-adds. ``products``: sums of channels times channels. ``inputs``: the labels that each module was first
     called with.
     """
 
@@ -126,7 +125,7 @@ class Recorder(TorchDispatchMode):
         self.costs: list[Cost] = []
         self.products: list[tuple[str, Tensor]] = []
         self.consumers: set[Axis] = set()
-        self.norms: dict[str, int | None] = {}
+        self.statistics: list[Statistic] = []
         self.dtypes: set[torch.dtype] = set()
         self.inputs: dict[str, Tensor] = {}
         self.output: Any = None
@@ -174,9 +173,9 @@ class Recorder(TorchDispatchMode):
             self.freeze(each, "an operation whose rule does not know these arguments")
         return None
 
-    def changes(self, call: Call, labels: Tensor, because: str) -> None:
+    def changes(self, result: Any, labels: Tensor, because: str) -> None:
         """The result is another number once any of these channels goes: they freeze if an output depends on it."""
-        for leaf in pytree.tree_leaves(call.result):
+        for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._changed[leaf] = [(labels, f"{because}, at {self.labels.place}")]
 
@@ -244,14 +243,14 @@ class Recorder(TorchDispatchMode):
         core.copy_(taken.view(view).expand(core.shape))
         return labels
 
-    def norm(self, call: Call) -> None:
-        """Remembers that the module takes statistics over channels, and where its input has them."""
+    def statistic(self, call: Call, labels: Tensor) -> None:
+        """Remembers that the module takes a statistic over these channels, and where its input has them."""
         found = self.inputs.get(call.where)
         dims = [] if found is None else varying(found)
         dim = dims[0] if len(dims) == 1 else None
         if found is not None and dim == found.dim() - 1:
             dim = -1
-        self.norms[call.where] = dim if self.norms.get(call.where, dim) == dim else None
+        self.statistics.append(Statistic(call.where, dim, unexpanded(labels)[0].unique()))
 
     def cost(self, vectors: Sequence[Tensor], rows: int) -> None:
         """Adds the multiply-adds of an operation: ``rows`` per combination of these channels."""
@@ -295,6 +294,16 @@ class Cost:
 
     rows: int
     vectors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A module computes one number (a mean, a norm) of these channels, which are dimension ``dim`` of its input; None
+    where they are not one dimension of it."""
+
+    where: str
+    dim: int | None
+    labels: Tensor
 
 
 @dataclass(frozen=True)

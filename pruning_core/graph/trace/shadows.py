@@ -57,14 +57,14 @@ class AxisLabels:
 
 
 class StoredTensors:
-    """The parameters and float buffers of a model, found again by the memory that a tensor lies in."""
+    """The parameters and buffers of a model, found again by the memory that a tensor lies in."""
 
     def __init__(self, labels: Labels, model: nn.Module) -> None:
         self.labels = labels
         self.names: dict[str, Tensor] = {}
         self._by_memory: dict[int, list[tuple[str, Tensor]]] = {}
         for name, tensor in self._all(model):
-            if tensor.numel() == 0 or not tensor.is_floating_point() or tensor.dim() == 0:
+            if tensor.numel() == 0 or tensor.dim() == 0:
                 continue
             self.names[name] = tensor
             self._by_memory.setdefault(_memory(tensor), []).append((name, tensor))
@@ -90,12 +90,12 @@ class StoredTensors:
         where = [_coordinates(tensor, offset, view.stride(dim), view.shape[dim]) for dim in range(view.dim())]
         moved = [[axis for axis, index in enumerate(each) if bool((index != index[0]).any())] for each in where]
         axes: list[Tensor | None] = []
-        for dim, found in enumerate(moved):
-            alone = len(found) == 1 and sum(found[0] in other for other in moved) == 1
-            axes.append(self.labels.axes[Axis(name, found[0])][where[dim][found[0]]] if alone else None)
-            if found and not alone:
-                for axis in found:
-                    self.labels.freeze(self.labels.axes[Axis(name, axis)], "its axis is split or merged")
+        for dim, found in enumerate(moved):  # of merged axes the first can lose channels: a kernel's axes stay anyway
+            alone = [sum(axis in other for other in moved) == 1 for axis in found]
+            first = bool(found) and all(alone)
+            axes.append(self.labels.axes[Axis(name, found[0])][where[dim][found[0]]] if first else None)
+            for axis in found[1:] if first else found:
+                self.labels.freeze(self.labels.axes[Axis(name, axis)], "its axis is split or merged")
         return AxisLabels(tuple(axes), tuple(view.shape))
 
 

@@ -136,10 +136,14 @@ class Met:
 
     def _joined(self, mine: Tensor, single: set[int]) -> Tensor:
         there = self.labels
-        if any(varies(there, dim) for dim in single):
+        serves = any(varies(there, dim) for dim in single)
+        served = any(varies(mine, dim) for dim in self.single)
+        if serves and served and len(mine.unique()) > len(there.unique()):  # an outer product: the larger side goes on
+            serves = False
+        if serves:
             self.ties.freeze(mine, "serves all channels beside it")
             return there
-        if any(varies(mine, dim) for dim in self.single):
+        if served:
             self.ties.freeze(there, "serves all channels beside it")
             return mine.expand(self.shape)
         mine = mine.expand(self.shape)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from pruning_core.graph.trace.labels import varies, varying
-from pruning_core.graph.trace.recorder import Call, Recorder
+from pruning_core.graph.trace.recorder import Call, Recorder, Statistic
 from pruning_core.graph.trace.rules.table import rule
 from pruning_core.graph.trace.rules.weighted import along
 from pruning_core.graph.trace.shadows import AxisLabels
@@ -32,12 +32,30 @@ def _freeze_positions(trace: Recorder, labels: Tensor) -> None:
       "instance_norm")  # fmt: skip
 def batch_norm(trace: Recorder, call: Call) -> Any:
     """Ties weight, bias and statistics to the channel."""
+    weight = call.shadow("input")
+    if isinstance(weight, AxisLabels):
+        return _of_weight(trace, call, weight)
     labels = trace.activation(call, "input")
     if call["training"] or call["train"] or call["use_input_stats"] or not isinstance(call["running_mean"], Tensor):
         _freeze_positions(trace, labels)
     channels = along(trace, labels, 1)
     _tie_parameters(trace, call, channels, ("weight", "bias", "running_mean", "running_var"))
     return (labels, None, None) if isinstance(call.result, tuple) else labels
+
+
+def _of_weight(trace: Recorder, call: Call, weight: AxisLabels) -> Any:
+    """Weight standardization: each output channel of a weight is normalised over all that it reads."""
+    names = ("weight", "bias", "running_mean", "running_var")
+    given = [call.shadow(name) for name in names if isinstance(call[name], Tensor)]
+    for each in given:
+        if isinstance(each, AxisLabels):
+            trace.labels.tie(each.vector(0), weight.vector(1))
+    if len(given) and not all(isinstance(each, AxisLabels) for each in given):
+        trace.labels.freeze(weight.vector(1), "meets a norm's computed parameter")
+    for dim in weight.labelled():
+        if dim != 1:
+            trace.statistics.append(Statistic(call.where, None, weight.vector(dim).unique()))
+    return (weight, None, None) if isinstance(call.result, tuple) else weight
 
 
 @rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
@@ -60,7 +78,7 @@ def _last(trace: Recorder, call: Call, labels: Tensor) -> None:
         trace.labels.tie_along(labels, labels.dim() - 1)
         _fixed(trace, call)
         return
-    trace.norm(call)
+    trace.statistic(call, labels)
     _tie_parameters(trace, call, along(trace, labels, -1), ("weight", "bias"))
 
 
@@ -82,7 +100,7 @@ def group_norm(trace: Recorder, call: Call) -> Any:
     labels = trace.activation(call, "input")
     _freeze_positions(trace, labels)
     channels = along(trace, labels, 1)
-    trace.norm(call)
+    trace.statistic(call, labels)
     groups = call["num_groups"] if "num_groups" in call else call["group"]
     _tie_parameters(trace, call, channels, ("weight", "bias"))
     if 1 < groups < len(channels):
@@ -93,19 +111,15 @@ def group_norm(trace: Recorder, call: Call) -> Any:
 
 @rule("_weight_norm", "_weight_norm_interface")
 def weight_norm(trace: Recorder, call: Call) -> Any:
-    """Output channels are removable; axes that the norm sums over are frozen."""
+    """Of the kept inputs, for each output channel."""
     value, scale = call.shadow("v"), call.shadow("g")
     if not isinstance(value, AxisLabels) or not isinstance(scale, AxisLabels):
         trace.freeze(value, "an operation without a rule")
         trace.freeze(scale, "an operation without a rule")
         return None
     kept = call["dim"] % len(value.shape)
-    axes = []
-    for dim in range(len(value.shape)):
-        if dim == kept:
-            trace.labels.tie(value.vector(dim), scale.vector(dim))
-        else:
-            trace.labels.freeze(value.vector(dim), "a weight norm sums over it")
-        axes.append(value.vector(dim))
-    shadow = AxisLabels(tuple(axes), value.shape)
-    return (shadow, None) if isinstance(call.result, tuple) else shadow
+    trace.labels.tie(value.vector(kept), scale.vector(kept))
+    for dim in value.labelled():
+        if dim != kept:
+            trace.statistics.append(Statistic(call.where, None, value.vector(dim).unique()))
+    return (value, None) if isinstance(call.result, tuple) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from typing import Any
 
@@ -32,81 +33,137 @@ def matmul(trace: Recorder, call: Call) -> Any:
         first = "YZ"
     if b.dim() == 2:
         second = "ZX"
-    return product(trace, call, (a, first), (b, second), out)
+    return product(trace, Operand(call.shadow(left), a, first), Operand(call.shadow(right), b, second), out)
 
 
 @rule("einsum")
 def einsum(trace: Recorder, call: Call) -> Any:
-    """Two operands; with more, all channels freeze."""
-    tensors = call["tensors"]
-    equation = str(call["equation"]).replace(" ", "")
-    if len(tensors) != 2 or "->" not in equation:
+    """Operands one after another: what is multiplied first loses what neither the others nor the result have."""
+    tensors, equation = call["tensors"], str(call["equation"]).replace(" ", "")
+    sides, arrow, out = equation.partition("->")
+    letters = sides.split(",")
+    for each, mine in zip(tensors, tuple(letters), strict=True):
+        if "..." in mine:
+            more = "ABCDEFGH"[: each.dim() - len(mine) + 3]
+            letters, out = [text.replace("...", more) for text in letters], out.replace("...", more)
+    if not arrow or any(len(set(each)) < len(each) for each in letters):
         for shadow in call.shadows.values():
-            trace.freeze(shadow, "an einsum of other than two operands")
+            trace.freeze(shadow, "an einsum without '->' or of a diagonal")
         return None
-    sides, _, out = equation.partition("->")
-    first, second = sides.split(",")
-    for each, letters in zip(tensors, (first, second), strict=True):
-        if "..." in letters:
-            more = "ABCDEFGH"[: each.dim() - len(letters) + 3]
-            first, second, out = (text.replace("...", more) for text in (first, second, out))
-    return product(trace, call, (tensors[0], first), (tensors[1], second), out)
+    operands = [Operand(call.shadows.get(id(each)), each, mine) for each, mine in zip(tensors, letters, strict=True)]
+    done = operands[0]
+    for at, each in enumerate(operands[1:], 2):
+        needed = out + "".join(letters[at:])
+        left = "".join(letter for letter in dict.fromkeys(done.letters + each.letters) if letter in needed)
+        done = _multiplied(trace, done, each, left if at < len(operands) else out)
+    if len(operands) > 1:
+        return done.shadow
+    single = as_activation(trace.labels, done.shadow, done.shape)
+    if any(varies(single, at) for at, letter in enumerate(done.letters) if letter not in out):
+        trace.freeze(single, "an einsum of one operand that sums over channels")
+        return None
+    return compact(call.func(equation, [single]))
 
 
-def product(trace: Recorder, call: Call, left: tuple[Tensor, str], right: tuple[Tensor, str], out: str) -> Any:
-    """A parameter times an activation, or two activations."""
-    shadows = [call.shadows.get(id(tensor)) for tensor, _ in (left, right)]
-    for i, (mine, other) in enumerate(((left, right), (right, left))):
-        if isinstance(shadows[i], AxisLabels) and not isinstance(shadows[1 - i], AxisLabels):
-            return _weight(trace, call, (shadows[i], mine[1]), (other[0], shadows[1 - i], other[1]), out)
-    labels = [
-        as_activation(trace.labels, shadow, tuple(tensor.shape))
-        for shadow, (tensor, _) in zip(shadows, (left, right), strict=True)
-    ]
-    return _activations(trace, call, (labels[0], left[1]), (labels[1], right[1]), out)
+class Operand:
+    """One side of a product: its shadow, its sizes, and a letter for each of its dimensions."""
+
+    def __init__(self, shadow: Shadow, tensor: Tensor | tuple[int, ...], letters: str) -> None:
+        self.shadow, self.letters = shadow, letters
+        self.shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else tensor
 
 
-def _weight(
-    trace: Recorder, call: Call, weight: tuple[Shadow, str], source: tuple[Tensor, Shadow, str], out: str
-) -> Any:
-    """A parameter times an activation: its summed axis ends channels, its free axis begins some."""
-    parameter, letters = weight
+def _multiplied(trace: Recorder, left: Operand, right: Operand, out: str) -> Operand:
+    sizes = _sizes(left, right)
+    return Operand(product(trace, left, right, out), tuple(sizes[each] for each in out), out)
+
+
+def _sizes(*operands: Operand) -> dict[str, int]:
+    """By letter; 1 is broadcast."""
+    found: dict[str, int] = {}
+    for each in operands:
+        for letter, size in zip(each.letters, each.shape, strict=True):
+            found[letter] = size if found.get(letter, 1) == 1 else found[letter]
+    return found
+
+
+def product(trace: Recorder, left: Operand, right: Operand, out: str) -> Any:
+    """Two parameters, a parameter and an activation, or two activations."""
+    if isinstance(left.shadow, AxisLabels) and isinstance(right.shadow, AxisLabels):
+        return _parameters(trace, left, right, out)
+    for weight, source in ((left, right), (right, left)):
+        if isinstance(weight.shadow, AxisLabels):
+            return _weight(trace, weight, source, out)
+    return _activations(trace, left, right, out)
+
+
+def _parameters(trace: Recorder, left: Operand, right: Operand, out: str) -> AxisLabels:
+    """A weight that is computed from others, as in low-rank adapters and in a spectral norm."""
+    sizes, axes = _sizes(left, right), {}
+    assert isinstance(left.shadow, AxisLabels) and isinstance(right.shadow, AxisLabels)
+    for letter in sizes:
+        both = [
+            each.shadow.vector(each.letters.index(letter))  # type: ignore[union-attr]
+            for each in (left, right)
+            if letter in each.letters
+        ]
+        if letter in out:
+            axes[letter] = both[0]
+            if len(both) > 1:
+                trace.labels.tie(*both)
+        elif len(both) > 1:
+            trace.consume(*both)
+        else:
+            trace.labels.freeze(both[0], "is summed over")
+    return AxisLabels(tuple(axes[each] for each in out), tuple(sizes[each] for each in out))
+
+
+def _weight(trace: Recorder, weight: Operand, source: Operand, out: str) -> Any:
+    """A parameter times an activation: its summed axis ends channels, its free axis begins some.
+
+    Of several axes with channels one goes on: of the input's the heads, or the channels of each with ``narrow_heads``;
+    of those that begin here the longest. The others keep their size.
+    """
+    parameter = weight.shadow
     assert isinstance(parameter, AxisLabels)
-    tensor, shadow, theirs = source
-    labels = as_activation(trace.labels, shadow, tuple(tensor.shape))
-    summed = [each for each in letters if each not in out and each in theirs]
-    free = [each for each in letters if each in out and each not in theirs]
-    shared = [each for each in letters if each in out and each in theirs]
-    if len(summed) != 1 or len(free) > 1:
-        trace.freeze(parameter, "a product over several axes")
-        trace.freeze(labels, "a product over several axes")
-        return None
-    for each in shared:
-        _together(trace, parameter.vector(letters.index(each)), labels, theirs.index(each))
-    taken = along(trace, labels, theirs.index(summed[0]))
-    trace.consume(taken, parameter.vector(letters.index(summed[0])))
-    shape = tuple(call.result.shape)
-    rows = call.result.numel()
-    vectors = [parameter.vector(letters.index(summed[0]))]
-    given = torch.zeros((), dtype=torch.int32).expand(shape)
-    if free:
-        vector = parameter.vector(letters.index(free[0]))
-        view = [1] * len(shape)
-        view[out.index(free[0])] = -1
-        given = vector.view(view).expand(shape)
-        rows //= max(len(vector), 1)
-        vectors.append(vector)
-    trace.cost(vectors, rows=rows)
-    return given
-
-
-def _together(trace: Recorder, vector: Tensor, labels: Tensor, dim: int) -> None:
-    """An axis that weight and activation share: of the channels along it, if there are any."""
-    if varies(labels, dim):
-        lines = labels.movedim(dim, -1)
-        trace.labels.tie(lines, vector.expand(lines.shape))
-    else:
-        trace.labels.freeze(vector, "its axis is no channel axis")
+    sizes, vectors = _sizes(weight, source), dict(zip(weight.letters, range(len(weight.letters)), strict=True))
+    labels, theirs = as_activation(trace.labels, source.shadow, source.shape), source.letters
+    met = [each for each in theirs if each in vectors and varies(labels, theirs.index(each))]
+    main = met[-1 if trace.labels.narrow_heads else 0] if met else None
+    for each in met:
+        if each != main:
+            labels = trace.labels.tie_along(labels, theirs.index(each)).expand(labels.shape)
+    for each in (each for each in weight.letters if each in theirs):
+        vector = parameter.vector(vectors[each])
+        if each not in out and each in (main, *(() if main else theirs)):
+            trace.consume(along(trace, labels, theirs.index(each)), vector)
+        elif each == main:
+            lines = labels.movedim(theirs.index(each), -1)
+            trace.labels.tie(lines, vector.expand(lines.shape))
+        else:
+            trace.labels.freeze(vector, "its axis is no channel axis")
+    passing = labels
+    for at, each in enumerate(theirs):
+        if each not in out:
+            passing = passing.narrow(at, 0, 1) if each != main else torch.zeros_like(passing.narrow(at, 0, 1))
+    passing = _aligned(passing, theirs, out + "".join(each for each in theirs if each not in out))
+    passing = passing.reshape(passing.shape[: len(out)])
+    shape = tuple(sizes[each] for each in out)
+    free = sorted((each for each in weight.letters if each not in theirs), key=lambda each: (each in out, sizes[each]))
+    begun = free.pop() if free and free[-1] in out and not varying(passing) else None
+    for each in free:
+        trace.labels.freeze(parameter.vector(vectors[each]), "its axis is no channel axis")
+    counted = [parameter.vector(vectors[each]) for each in (main, begun) if each]
+    counted += [passing.movedim(at, -1).reshape(-1, passing.shape[at])[0] for at in varying(passing) if out[at] != main]
+    rows = math.prod(sizes.values())
+    for each in counted:
+        rows //= max(len(each), 1)
+    trace.cost(counted, rows=rows)
+    if begun is None:
+        return compact(passing.expand(shape))
+    view = [1] * len(shape)
+    view[out.index(begun)] = -1
+    return parameter.vector(vectors[begun]).view(view).expand(shape)
 
 
 def _aligned(labels: Tensor, letters: str, all_letters: str) -> Tensor:
@@ -119,28 +176,29 @@ def _aligned(labels: Tensor, letters: str, all_letters: str) -> Tensor:
     return labels
 
 
-def _activations(trace: Recorder, call: Call, left: tuple[Tensor, str], right: tuple[Tensor, str], out: str) -> Any:
-    letters = out + "".join(sorted(set(left[1] + right[1]) - set(out)))
-    a, b = (_aligned(labels, names, letters) for labels, names in (left, right))
-    shape = tuple(call.result.shape)
+def _activations(trace: Recorder, left: Operand, right: Operand, out: str) -> Any:
+    letters, sizes = out + "".join(sorted(set(left.letters + right.letters) - set(out))), _sizes(left, right)
+    a, b = (
+        _aligned(as_activation(trace.labels, each.shadow, each.shape), each.letters, letters) for each in (left, right)
+    )
+    shape = tuple(sizes[each] for each in out)
     if not holds_any(a) and not holds_any(b):
         return None
     summed = range(len(out), len(letters))
-    batch = [at for at, each in enumerate(out) if each in left[1] and each in right[1]]
+    batch = [at for at, each in enumerate(out) if each in left.letters and each in right.letters]
     together = [at for at in summed if varies(a, at) or varies(b, at)]
     heads = [at for at in batch if varies(a, at) and (varies(b, at) or not holds_any(b))]
     whole = bool(heads) and not trace.labels.narrow_heads
     if heads and not whole:
         a, b = (_without_heads(trace, each, heads) for each in (a, b))
-    _cost(trace, call, a, b)
+    _cost(trace, a, b)
     for at in together:
         if whole:
             a, b = (trace.labels.tie_along(each, at).expand(each.shape) for each in (a, b))
         elif varies(a, at) and varies(b, at):
             _matched(trace, a, b, at)
         else:
-            trace.labels.freeze(a, "is summed with a tensor of fixed size")
-            trace.labels.freeze(b, "is summed with a tensor of fixed size")
+            trace.labels.freeze(a if varies(a, at) else b, "is summed with a tensor of fixed size")
     a, b = (_first(each, list(summed), [] if whole else together) for each in (a, b))
     for at in heads if whole else []:
         if varies(b, at):
@@ -148,7 +206,7 @@ def _activations(trace: Recorder, call: Call, left: tuple[Tensor, str], right: t
     return _given(trace, a, b, heads if whole else [], shape)
 
 
-def _cost(trace: Recorder, call: Call, a: Tensor, b: Tensor) -> None:
+def _cost(trace: Recorder, a: Tensor, b: Tensor) -> None:
     """All letters multiplied; those that channels lie along are counted as they are kept."""
     whole = torch.broadcast_shapes(a.shape, b.shape)
     a, b = (unexpanded(each)[0] for each in (a, b))

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from pruning_core.graph.trace.labels import compact, varies, varying
-from pruning_core.graph.trace.recorder import Call, Recorder
+from pruning_core.graph.trace.operations import SCANS, STATISTICS
+from pruning_core.graph.trace.recorder import Call, Recorder, Statistic
 from pruning_core.graph.trace.rules.elementwise import pointwise
 from pruning_core.graph.trace.rules.table import rule
+from pruning_core.graph.trace.shadows import AxisLabels
 
 POOLS = {
     1: "max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d upsample_nearest1d upsample_linear1d lp_pool1d",
@@ -22,11 +24,9 @@ POOLS = {
     3: "max_pool3d max_pool3d_with_indices avg_pool3d adaptive_avg_pool3d _adaptive_avg_pool3d adaptive_max_pool3d "
     "upsample_nearest3d upsample_trilinear3d grid_sampler_3d",
 }
-SOFTMAX = "softmax _softmax log_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin softmin"
-SUMS = (
-    "mean sum amax amin max min var std var_mean std_mean norm linalg_vector_norm prod any all argmax argmin "
-    "logsumexp median nanmedian mode kthvalue count_nonzero nansum nanmean aminmax"
-)
+NO_STATISTIC = frozenset("argmax argmin mode kthvalue prod cumprod max min median nanmedian cummax cummin".split())
+"""What they give says little about the kept channels: the number of one, or a product. Some also give a value."""
+VALUED = frozenset("max min median nanmedian cummax cummin".split())
 ORDERED = "sort topk argsort msort"
 
 
@@ -58,41 +58,66 @@ for _spatial, _names in POOLS.items():
     rule(*_names.split())(_pool(_spatial))
 
 
-@rule(*SOFTMAX.split())
+@rule(*SCANS)
 def softmax(trace: Recorder, call: Call) -> Any:
-    """Over positions labels pass; over channels they are frozen, except where all that meet go together."""
+    """Over positions labels pass, over channels as well: it is one of the kept ones. What meets on one line of several
+    goes together."""
     labels = trace.activation(call, "self")
     dim = call["dim"] % max(labels.dim(), 1)
     if varies(labels, dim) and len(varying(labels)) > 1:
         labels = compact(trace.labels.tie_along(labels, dim).expand(labels.shape))
     elif varies(labels, dim):
-        trace.labels.freeze(labels, f"a {call.name.strip('_')} over channels")
-        return None
+        trace.statistic(call, labels)
+        _numbers(trace, call, labels)
     return (labels, labels) if isinstance(call.result, tuple) else labels
 
 
-@rule(*SUMS.split())
+@rule(*STATISTICS)
 def reduction(trace: Recorder, call: Call) -> Any:
-    """Over positions labels pass. Over channels they pass where all that is reduced to one number goes together, or as
-    part of a norm."""
-    labels = trace.activation(call, "self")
-    other = call.shadow("other")
-    if isinstance(other, Tensor) or isinstance(call["other"], Tensor):
+    """Over positions labels pass. Over channels it is a statistic of the kept ones; where others lie beside them, all
+    that is reduced to one number goes together, but for a norm."""
+    if isinstance(call["other"], Tensor):
         return pointwise(trace, call)
+    shadow = call.shadow("self")
+    if isinstance(shadow, AxisLabels):
+        return _of_parameter(trace, call, shadow)
+    labels = trace.activation(call, "self")
     dims = _dims(call, labels.dim())
     mixed = [dim for dim in dims if varies(labels, dim)]
     outer = [dim for dim in varying(labels) if dim not in dims]
-    if mixed and not outer and not _is_norm(trace, call):
-        trace.changes(call, labels, f"a {call.name} over channels")
-        return None
-    if mixed and not _is_norm(trace, call):
+    if mixed and outer and not _is_norm(trace, call):
         for dim in mixed:  # heads of a head's channels, or the same channels of several tensors: they go together
             trace.labels.tie_along(labels, dim)
     elif mixed:
-        _norm(trace, call, labels, mixed)
+        _statistic(trace, call, labels, mixed, outer)
         labels = torch.zeros((), dtype=torch.int32).expand(labels.shape)
     kept = _flat(labels, dims, tuple(1 if dim in dims else size for dim, size in enumerate(labels.shape)))
     return _shaped(kept, dims, call)
+
+
+def _of_parameter(trace: Recorder, call: Call, shadow: AxisLabels) -> Any:
+    """A statistic of a weight, as in weight standardization: of the axes that are left, each keeps its labels."""
+    dims = _dims(call, len(shadow.shape))
+    for dim in shadow.labelled():
+        if dim in dims:
+            trace.statistics.append(Statistic(call.where, None, shadow.vector(dim).unique()))
+            _numbers(trace, call, shadow.vector(dim))
+    axes = [None if dim in dims else axis for dim, axis in enumerate(shadow.axes)]
+    if not call["keepdim"]:
+        axes = [axis for dim, axis in enumerate(axes) if dim not in dims]
+    if isinstance(call.result, (tuple, list)):
+        return tuple(AxisLabels(tuple(axes), tuple(each.shape)) for each in call.result)
+    return AxisLabels(tuple(axes), tuple(call.result.shape))
+
+
+def _numbers(trace: Recorder, call: Call, labels: Tensor) -> None:
+    """What depends on the number of a channel changes as soon as one goes."""
+    if call.name not in NO_STATISTIC:
+        return
+    if call.name not in VALUED:
+        trace.changes(call.result, labels, f"a {call.name} over channels")
+    elif isinstance(call.result, (tuple, list)):
+        trace.changes(call.result[1:], labels, f"the channel's number in a {call.name} over channels")
 
 
 def _is_norm(trace: Recorder, call: Call) -> bool:
@@ -103,10 +128,10 @@ def _is_norm(trace: Recorder, call: Call) -> bool:
     )
 
 
-def _norm(trace: Recorder, call: Call, labels: Tensor, mixed: list[int]) -> None:
+def _statistic(trace: Recorder, call: Call, labels: Tensor, mixed: list[int], outer: list[int]) -> None:
     """Normalised within each head, a head goes whole; else all positions lose the same channels."""
-    trace.norm(call)
-    outer = [dim for dim in varying(labels) if dim not in mixed]
+    trace.statistic(call, labels)
+    _numbers(trace, call, labels)
     heads = outer and trace.labels.same_owner(labels)
     for dim in mixed if heads else outer:
         trace.labels.tie_along(labels, dim)
