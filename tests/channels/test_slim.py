@@ -133,18 +133,13 @@ def around(layer):
         ),
         (lambda: around(torch.jit.trace(nn.Linear(8, 8), torch.ones(1, 8))), "^2: is TorchScript"),
         (lambda: torch.jit.script(around(nn.Tanh())), "^model: is TorchScript"),
-        (lambda: around(nn.utils.spectral_norm(nn.Linear(8, 8))), r"no channel can be removed: meets a weight"),
-        (
-            lambda: around(parametrizations.spectral_norm(nn.Linear(8, 8))),
-            "no channel can be removed: an operation",
-        ),
         (
             lambda: around(parametrizations.orthogonal(nn.Linear(8, 8))),
             "no channel can be removed: meets a weight",
         ),
         (lambda: Memory(shared=True), r"no channel can be removed: its code does not follow \(lstm"),
     ],
-    ids=["scripted", "traced", "whole", "spectral of old", "spectral", "orthogonal", "shared biases"],
+    ids=["scripted", "traced", "whole", "orthogonal", "shared biases"],
 )
 def test_what_cannot_be_cut_says_why_in_one_line(make, message):
     with pytest.raises(ValueError, match=message) as caught:

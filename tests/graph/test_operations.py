@@ -344,9 +344,10 @@ def unit_length_of_parts(m, x):
     return m.out(functional.normalize(m.a(x).unflatten(-1, (-1, m.width)), dim=-1).flatten(-2))
 
 
-@case("maximum_over_channels", image(), (), lambda: {"a": stem(), "out": head()})
+@case("maximum_over_channels", image(), (8,), lambda: {"a": stem(), "out": head()})
 def maximum_over_channels(m, x):
-    return m.out(m.a(x)) * m.a(x).amax(1, keepdim=True)
+    """Of what is zero where a channel is removed: the same with it and without."""
+    return m.out(m.a(x)) * m.a(x).square().neg().exp().sub(1).abs().amax(1, keepdim=True)
 
 
 @case("width_in_the_code", image(), (), lambda: {"a": stem(), "out": head()})
@@ -419,8 +420,7 @@ def on_a_side_branch(function, width):
 
 REASONS = {
     "is summed with a tensor of fixed size, at matmul in the model": (lambda y: y @ torch.ones(6, 3), 3),
-    "a softmax over channels, at softmax in the model": (lambda y: y.softmax(-1), 6),
-    "a cumsum over channels, at cumsum in the model": (lambda y: y.cumsum(-1), 6),
+    "cumprod over channels, at cumprod in the model": (lambda y: y.cumprod(-1), 6),
     "a norm's statistics are over channels, at batch_norm in the model": (
         lambda y: functional.batch_norm(y[:, None], torch.zeros(1), torch.ones(1), training=True)[:, 0],
         6,
@@ -433,9 +433,10 @@ REASONS = {
         lambda y: functional.group_norm(y[:, None], 1)[:, 0],
         6,
     ),
-    "a mean over channels, at mean in the model": (lambda y: y - y.mean(-1, keepdim=True), 6),
+    "argmax over channels, at argmax in the model": (lambda y: y + y.argmax(-1, keepdim=True), 6),
+    "the channel's number in max over channels, at max in the model": (lambda y: y + y.max(-1, True)[1], 6),
     "a topk over channels, at topk in the model": (lambda y: y.topk(3).values, 3),
-    "is picked from by number, at index in the model": (lambda y: y[:, torch.tensor([1, 4])], 2),
+    "is picked from by number, at index in the model": (lambda y: y[:, torch.tensor([1, 4]) + 1], 2),
     "is cut into unequal pieces, at chunk in the model": (lambda y: y[:, :5].chunk(2, -1)[0], 3),
     "its values become numbers, at bucketize in the model": (lambda y: torch.bucketize(y, torch.zeros(1)).float(), 6),
     "an operation without a rule, at cdist in the model": (lambda y: torch.cdist(y, y), 2),
@@ -612,17 +613,11 @@ def test_dot_products_are_cut_right_or_frozen_by_name(dot):
     slim_(model, graph.plan({name: [0, 3] for name in graph.groups}))
 
 
-def test_the_old_spectral_norm_says_why_it_is_frozen():
-    model = nn.Sequential(nn.Linear(5, 12), nn.utils.spectral_norm(nn.Linear(12, 12)), nn.Linear(12, 3))
-    graph = ChannelGraph.trace(model, NODES)
-    assert any("a weight that is no parameter" in why for _, _, why in graph.frozen())
-
-
 # ---- numbers that change with a cut, and matter only where an output depends on them -------------------------------
 
 
 class Gated(nn.Module):
-    """What ``use`` makes of a mean over channels beside the path to the output."""
+    """What ``use`` makes of the number of the largest channel beside the path to the output."""
 
     def __init__(self, use):
         super().__init__()
@@ -631,28 +626,28 @@ class Gated(nn.Module):
 
     def forward(self, x):
         h = self.first(x)
-        return self.use(self, h, h.mean(-1), self.last(h))
+        return self.use(self, h, h.argmax(-1).to(h.dtype), self.last(h))
 
 
 @pytest.mark.parametrize(
     ("use", "free"),
     [
-        (lambda m, h, mean, y: y, True),
-        (lambda m, h, mean, y: (mean * 2 + 1, y)[1], True),
-        (lambda m, h, mean, y: m.kept.append(mean.detach()) or y, True),
-        (lambda m, h, mean, y: (y, mean), False),
-        (lambda m, h, mean, y: {"y": y, "aux": mean.square().sum()}, False),
-        (lambda m, h, mean, y: y * mean[:, None], False),
-        (lambda m, h, mean, y: m.last(h * mean.sigmoid()[:, None]), False),
-        (lambda m, h, mean, y: y[mean.argsort()], False),
-        (lambda m, h, mean, y: y[: 1 + int(mean[0] > 0)], False),
-        (lambda m, h, mean, y: y if mean.sum() > 0 else -y, False),
-        (lambda m, h, mean, y: torch.zeros_like(y).copy_(mean[:, None]) + y, False),
-        (lambda m, h, mean, y: y.masked_fill(mean[:, None] > 0, 0.0), False),
-        (lambda m, h, mean, y: torch.stack([mean, mean]).max(0)[0][:, None] + y, False),
+        (lambda m, h, best, y: y, True),
+        (lambda m, h, best, y: (best * 2 + 1, y)[1], True),
+        (lambda m, h, best, y: m.kept.append(best.detach()) or y, True),
+        (lambda m, h, best, y: (y, best), False),
+        (lambda m, h, best, y: {"y": y, "aux": best.square().sum()}, False),
+        (lambda m, h, best, y: y * best[:, None], False),
+        (lambda m, h, best, y: m.last(h * best.sigmoid()[:, None]), False),
+        (lambda m, h, best, y: y[best.argsort()], False),
+        (lambda m, h, best, y: y[: 1 + int(best[0] > 0)], False),
+        (lambda m, h, best, y: y if best.sum() > 30 else -y, False),
+        (lambda m, h, best, y: torch.zeros_like(y).copy_(best[:, None]) + y, False),
+        (lambda m, h, best, y: y.masked_fill(best[:, None] > 0, 0.0), False),
+        (lambda m, h, best, y: torch.stack([best, best]).max(0)[0][:, None] + y, False),
     ],
 )
-def test_a_mean_over_channels_freezes_them_only_where_an_output_depends_on_it(use, free):
+def test_the_number_of_a_channel_freezes_them_only_where_an_output_depends_on_it(use, free):
     model = Gated(use).double()
     graph = ChannelGraph.trace(model, NODES.double())
     why = {reason for axis, _, reason in graph.frozen() if axis == Axis("first.weight", 0)}
@@ -660,7 +655,7 @@ def test_a_mean_over_channels_freezes_them_only_where_an_output_depends_on_it(us
         assert len(graph.groups["first.weight:0"]) == 12 and not why
         slim_(model, graph.plan({"first.weight:0": [0, 3]}))
     else:
-        assert not graph.groups and "a mean over channels, at mean in the model" in why
+        assert not graph.groups and "argmax over channels, at argmax in the model" in why
 
 
 @pytest.mark.parametrize(

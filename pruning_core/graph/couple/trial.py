@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import cycle
 
+import torch
 from torch import Tensor, nn
 
 from pruning_core.graph.couple.groups import Coupling, Removed
+from pruning_core.graph.cut.compare import along_range, positions
 from pruning_core.graph.errors import CannotFollowError, GraphError
 from pruning_core.graph.trace.labels import compact, holds_any, unexpanded, varies, varying
+from pruning_core.graph.trace.operations import RANGES, SIZED
 from pruning_core.graph.trace.recorder import Operation, Recorder
 
 ROUNDS = 60
@@ -129,6 +132,63 @@ def _equal_to_input(coupling: Coupling, alike: Alike, why: str) -> bool:
     return found
 
 
+def _equal_halves(coupling: Coupling, alike: Alike, why: str) -> bool:
+    """``x[:, : n // 2]`` takes a half as long as both lose as many channels."""
+    found = False
+    for _, line, taken in _ranges(alike):
+        half = len(line) // 2
+        if len(line) == 2 * half and taken in (range(half), range(half, 2 * half)):
+            coupling.labels.balance(line[:half], line[half:])
+            found = True
+    return found
+
+
+def _freeze_range(coupling: Coupling, alike: Alike, why: str) -> bool:
+    """A range by number is the same one as long as all between its bounds and the end they are counted from stay."""
+    found = False
+    for operation, line, taken in _ranges(alike):
+        bounds = [int(each) for each in operation.numbers[1:3]] if operation.name == "slice" else [taken.stop]
+        kept = [line[:bound] if bound >= 0 else line[bound:] for bound in bounds if bound < len(line)]
+        by_number = torch.cat([line[:0], *kept]).unique()
+        if 0 < len(by_number) < len(line):
+            with coupling.labels.at(f"{operation.name} in {operation.where or 'the model'}"):
+                coupling.labels.freeze(by_number, "is taken by a number that is no attribute and no share of the shape")
+            found = True
+    return found
+
+
+def _ranges(alike: Alike) -> Iterator[tuple[Operation, Tensor, range]]:
+    for _, operation in alike:
+        line = along_range(operation) if operation.name in RANGES else None
+        if line is not None:
+            yield operation, line, positions(operation, operation.numbers, len(line))
+
+
+def _one_number(coupling: Coupling, alike: Alike, why: str) -> bool:
+    """One size in the code, such as ``self.width``, may serve operations of several kinds in one module."""
+    found = False
+    for trace, operation in alike:
+        mine = _sized_lines(operation)
+        others = [each for each in trace.operations if each.where == operation.where and each is not operation]
+        for size, line in mine.items():
+            for other in (lines[size] for each in others if size in (lines := _sized_lines(each))):
+                coupling.labels.balance(line, other)
+                found = True
+    return found
+
+
+def _sized_lines(operation: Operation) -> dict[int, Tensor]:
+    """By size: the labels along a dimension of what an operation gave, if that size is among its arguments."""
+    if operation.name not in SIZED or not isinstance(operation.shadow, Tensor):
+        return {}
+    made = operation.shadow
+    return {
+        made.shape[dim]: made.movedim(dim, -1).reshape(-1, made.shape[dim])[0]
+        for dim in varying(made)
+        if made.shape[dim] in operation.numbers
+    }
+
+
 def _freeze_all(coupling: Coupling, alike: Alike, why: str) -> bool:
     for _, operation in alike:
         _freeze(coupling, operation, why)
@@ -145,7 +205,7 @@ def _labels(operation: Operation) -> list[Tensor]:
     return [shadow for _, shadow in operation.tensors if isinstance(shadow, Tensor)]
 
 
-REMEDIES = (_equal_in_module, _equal_to_input, _freeze_all)
+REMEDIES = (_equal_in_module, _equal_halves, _one_number, _freeze_range, _equal_to_input, _freeze_all)
 
 
 def _width(labels: Tensor, source: Tensor) -> tuple[Tensor, Tensor] | None:

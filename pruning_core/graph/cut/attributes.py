@@ -12,6 +12,9 @@ from pruning_core.graph.cut.widths import widths
 from pruning_core.graph.inputs import untouched
 
 
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
 class Attributes:
     """A log of attribute changes, in order; plain numbers, so that they can be saved and replayed."""
 
@@ -51,11 +54,19 @@ class Attributes:
                 self.set(path, name, value)
 
     def holders(self, where: str, old: int, upwards: bool) -> Iterator[tuple[str, str]]:
-        """Attributes equal to this number, in the module and then in those around it."""
-        for path in upwards_from(where) if upwards else [where]:
+        """Attributes equal to this number, in the module, then in those around it, then in its children."""
+        for path in [*upwards_from(where), *self._inside(where)] if upwards else [where]:
             names = [name for name in vars(self.modules[path]) if self.hold(path, name, old)]
             for name in sorted(names, key=_unlikely):
                 yield path, name
+
+    def _inside(self, path: str) -> Iterator[str]:
+        """A module's children, and those in its lists."""
+        for name, child in self.modules[path].named_children():
+            below = f"{path}.{name}".lstrip(".")
+            yield below
+            if isinstance(child, CONTAINERS):
+                yield from self._inside(below)
 
     def hold(self, path: str, name: str, old: int) -> bool:
         """Whether an attribute equals the number, or is a sequence that has it."""

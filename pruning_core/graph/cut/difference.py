@@ -30,7 +30,7 @@ def wanted(trace: MaskedRun, outputs_may_shrink: bool) -> list[Tensor]:
 def numbers_of(output: Any) -> list[Tensor]:
     """The tensors of an output; CannotRunError where one holds NaN, which equals nothing."""
     found = [each if each.layout == torch.strided else each.to_dense() for each in leaves(output)]
-    if any(bool(each.isnan().any()) for each in found if each.is_floating_point()):
+    if any(bool(each.isnan().any()) for each in found if each.is_floating_point() or each.is_complex()):
         raise CannotRunError(
             "example_inputs: the model's outputs on them are NaN, so that no cut can be checked; give inputs that it "
             "computes numbers from"
@@ -49,6 +49,8 @@ def kept_part(trace: MaskedRun, output: Tensor, value: Tensor) -> Tensor:
 
 def relative_difference(want: Tensor, have: Tensor) -> float:
     """``max |want - have| / max |want|``; 0 for tensors without floating-point numbers. Equal infinities are equal."""
+    if want.is_complex() and have.is_complex():
+        want, have = torch.view_as_real(want), torch.view_as_real(have)
     if not want.is_floating_point() or not want.numel():
         return 0.0
     size = want.abs()

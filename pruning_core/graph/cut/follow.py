@@ -20,6 +20,8 @@ from pruning_core.graph.trace.labels import left
 from pruning_core.graph.trace.recorder import Operation
 
 Change = tuple[str, str, Any]
+AHEAD = 20
+"""How many operations on to look for a size that changes."""
 
 
 def follow(attributes: Attributes, cut: CutModel) -> float:
@@ -113,7 +115,7 @@ class Follower:
 
     def _changes(self, operation: Operation, stopped: str) -> Iterator[list[Change]]:
         """A number among the operation's arguments may stand in any module around it, another only in its own."""
-        sizes = demands(operation, self.trace.dead)
+        sizes = demands(operation, self.trace.dead) or self._next_demands(operation)
         for old in sizes:
             for place in dict.fromkeys((operation.where, stopped)):
                 for path, name in self.attributes.holders(place, old, upwards=old in operation.numbers):
@@ -123,6 +125,27 @@ class Follower:
                             self.guessed = True
                             yield [(path, name, value), *alike]
                         yield [(path, name, value)]
+        yield from self._together(operation, sizes)
+
+    def _together(self, operation: Operation, sizes: dict[int, int]) -> Iterator[list[Change]]:
+        """The sizes of a ``split`` must sum to what there is: they change at once or not at all."""
+        found: list[Change] = []
+        for old in (each for each in sizes if each in operation.numbers):
+            for path, name in self.attributes.holders(operation.where, old, upwards=True):
+                found.append((path, name, self.attributes.candidates(path, name, old, sizes)[0]))
+                break
+        if len({name for _, name, _ in found}) > 1:
+            alike = [self._alike(operation, path, name, 0) for path, name, _ in found]
+            if any(alike):
+                self.guessed = True
+                yield [*found, *(change for changes in alike for change in changes)]
+            yield found
+
+    def _next_demands(self, operation: Operation) -> dict[int, int]:
+        """A module may check its input before it computes anything: then the next operations say what changes."""
+        at = next(i for i, each in enumerate(self.trace.operations) if each is operation)
+        found = (demands(each, self.trace.dead) for each in self.trace.operations[at : at + AHEAD])
+        return next((sizes for sizes in found if sizes), {})
 
     def _alike(self, operation: Operation, path: str, name: str, which: int) -> list[Change]:
         """The same attribute cut the same steps of other modules, where it holds a size that changes."""

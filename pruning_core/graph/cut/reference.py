@@ -52,7 +52,7 @@ class MaskedRun(Recorder):
         return self.upcast.run(call.func, args, kwargs) if self.upcast else draws.run(call.func, args, kwargs)
 
     def _masked(self, tensor: Tensor, shadow: Shadow) -> Tensor:
-        if shadow is None or not tensor.is_floating_point():
+        if shadow is None or not (tensor.is_floating_point() or tensor.is_complex()):
             return tensor
         for labels in [shadow] if isinstance(shadow, Tensor) else [shadow.spread(dim) for dim in shadow.labelled()]:
             gone = self._dead(labels)

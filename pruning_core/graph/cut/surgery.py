@@ -120,7 +120,7 @@ def slim_(
     for each in (model, *copies):
         remember(each, plan, attributes.changed)
     after = sum(parameter.numel() for parameter in model.parameters())
-    compared = sum(leaf.numel() for leaf in reference if leaf.is_floating_point())
+    compared = sum(leaf.numel() for leaf in reference if leaf.is_floating_point() or leaf.is_complex())
     return Slimmed(params, after, difference, compared, attributes.changed, exact)
 
 

@@ -45,11 +45,11 @@ def varying(labels: Tensor) -> list[int]:
     return [dim for dim in range(labels.dim()) if varies(labels, dim)]
 
 
-def compact(labels: Tensor) -> Tensor:
-    """The same labels as an expanded view: stored once along dimensions where they do not vary."""
+def compact(labels: Tensor, but: int | None = None) -> Tensor:
+    """The same labels as an expanded view: stored once along dimensions where they do not vary (``but`` for one)."""
     core = labels
     for dim in reversed(range(labels.dim())):
-        if core.shape[dim] > 1 and not varies(core, dim):
+        if core.shape[dim] > 1 and dim != but and not varies(core, dim):
             core = core.narrow(dim, 0, 1)
     return core.contiguous().expand(labels.shape) if core.shape != labels.shape else labels
 

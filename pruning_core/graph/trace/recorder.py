@@ -6,6 +6,7 @@ So whatever the model can run can be traced: no exporter, no symbolic shapes, da
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,6 +120,7 @@ class Recorder(TorchDispatchMode):
         self.squares = WeakTensorKeyDictionary()
         self._changed = WeakTensorKeyDictionary()
         self._made = WeakTensorKeyDictionary()
+        self._joined = WeakTensorKeyDictionary()
         self._quiet = False
         self._buffers: dict[int, Tensor] = {}
         self.operations: list[Operation] = []
@@ -154,7 +156,7 @@ class Recorder(TorchDispatchMode):
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.dtypes.add(leaf.dtype)
-                if leaf.numel() == 1 and call.name not in FRESH:
+                if (leaf.numel() == 1 or not leaf.is_floating_point()) and call.name not in FRESH:
                     self._made[leaf] = True
         if call.name not in UNSTEADY:
             self.operations.append(Operation.of(call, result, shadow, constants))
@@ -204,6 +206,16 @@ class Recorder(TorchDispatchMode):
         found = [(i, number_in(each)) for i, each in enumerate(call.tensors()) if each not in self._made]
         return tuple((i, number) for i, number in found if number is not None)
 
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Whether the code holds the tensor as it is: no input, and not computed."""
+        return tensor not in self._made
+
+    def given(self, example: Any) -> None:
+        """Inputs are no constants."""
+        for leaf in pytree.tree_leaves(example):
+            if isinstance(leaf, Tensor) and not leaf.is_floating_point():
+                self._made[leaf] = True
+
     def entered(self, path: str, tensors: list[Tensor]) -> None:
         """Called when a module begins: remembers the labels of its first labelled input."""
         self._quiet = True
@@ -231,6 +243,23 @@ class Recorder(TorchDispatchMode):
         """Ties an axis of a weight to the channels it consumes; freezes them where the weight has a fixed size."""
         self.consumers.update(axis for axis in {self.labels.owner(int(label)) for label in taken.unique()} if axis)
         self.labels.tie(source, taken, "meets an input of fixed size")
+
+    def joined(self, tensor: Tensor, dim: int, pieces: list[Tensor]) -> bool:
+        """Remembers fresh tensors that were joined with others along ``dim``; whether there are any."""
+        starts = itertools.accumulate((each.shape[dim] for each in pieces), initial=0)
+        fresh = [(dim, at, each) for at, each in zip(starts, pieces, strict=False) if self.is_buffer(each)]
+        if fresh:
+            self._joined[tensor] = fresh
+        return bool(fresh)
+
+    def read(self, tensor: Tensor, labels: Tensor, dim: int, taken: Tensor) -> Tensor:
+        """The labels of what a weight reads as ``taken``: of a first state of zeros, or of one beside an input too."""
+        for along, at, each in self._joined.get(tensor, ()):
+            if along == dim % labels.dim():
+                there = unexpanded(labels)[0].narrow(dim, at, each.shape[dim])
+                mine = self.begun(each, dim, taken[at : at + each.shape[dim]])
+                there.copy_(mine[tuple(slice(size) for size in there.shape)])
+        return self.begun(labels, dim, taken)
 
     def begun(self, labels: Tensor, dim: int, taken: Tensor) -> Tensor:
         """A fresh tensor that a weight reads before anything was written into it (a first state of zeros) is as wide as

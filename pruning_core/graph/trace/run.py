@@ -24,6 +24,7 @@ def record(trace: R, model: nn.Module, example: Inputs, *, training: bool, outpu
     path = ModulePath(model, trace.entered)
     trace.begin(rule_of, path)
     try:
+        trace.given(example)
         with untouched(model, training), torch.inference_mode(), trace:
             trace.output = model(*args, **kwargs)
         _end(trace, outputs_may_shrink)

@@ -19,7 +19,7 @@ SAME = (
 ).split()
 VIEWS = (
     "view _unsafe_view reshape _reshape_alias flatten unflatten permute transpose transpose_ swapaxes swapdims "
-    "movedim moveaxis t numpy_T mT mH adjoint unsqueeze unsqueeze_ squeeze squeeze_ narrow expand "
+    "movedim moveaxis t numpy_T mT mH matrix_H adjoint unsqueeze unsqueeze_ squeeze squeeze_ narrow expand "
     "expand_as view_as reshape_as broadcast_to flip fliplr flipud repeat tile diagonal unfold "
     "pixel_unshuffle repeat_interleave"
 ).split()
@@ -86,11 +86,25 @@ def select(trace: Recorder, call: Call) -> Any:
 
 @rule("slice")
 def sliced(trace: Recorder, call: Call) -> Any:
-    """A range keeps its labels; with a step, channels are selected by number and frozen."""
+    """A range keeps its labels; with a step, channels up to its end are selected by number and frozen."""
     shadow = call.shadow("self")
     if isinstance(shadow, Tensor) and call["step"] > 1 and varies(shadow, call["dim"]):
-        trace.freeze(shadow, "is picked from by number")
+        size = shadow.shape[call["dim"]]
+        stop = max(range(size)[call["start"] : call["end"] : call["step"]], default=-1) + 1
+        trace.freeze(shadow.narrow(call["dim"], 0, stop), "is picked by number")
     return follow(trace, call)
+
+
+@rule("view_as_complex", "view_as_complex_copy")
+def view_as_complex(trace: Recorder, call: Call) -> Any:
+    """Ties the two numbers of one."""
+    return compact(trace.labels.tie_along(trace.activation(call, "self"), call["self"].dim() - 1).squeeze(-1))
+
+
+@rule("view_as_real", "view_as_real_copy")
+def view_as_real(trace: Recorder, call: Call) -> Any:
+    """Both numbers go together."""
+    return trace.activation(call, "self").unsqueeze(-1).expand(call.result.shape)
 
 
 @rule("roll")
@@ -189,6 +203,8 @@ def _joined(trace: Recorder, call: Call, tensors: list[Tensor]) -> Tensor:
             for each in first[1:]:
                 trace.labels.tie(first[0], each)
             return next(each for each in first if holds_any(each)).expand(call.result.shape)
+    if beside and trace.joined(call.result, dim, labels):
+        return compact(call.func(labels, call["dim"]), but=dim)
     return compact(call.func(labels, call["dim"]))
 
 
@@ -206,10 +222,25 @@ def index(trace: Recorder, call: Call) -> Any:
         return shadow.moved(trace.labels, lambda labels: _pick(call, labels))
     if shadow is None:
         return None
-    if call.name == "masked_select" or any(varies(shadow, dim) for dim in dims):
+    if call.name == "masked_select":
         trace.freeze(shadow, "is picked from by number")
         return None
+    for dim in dims:
+        if varies(shadow, dim):
+            last = _last_picked(trace, call, dim, dims)
+            picked = shadow if last is None else shadow.narrow(dim, 0, last + 1)
+            trace.freeze(picked, "is picked from by number" if last is None else "is picked by number")
     return compact(_pick(call, shadow))
+
+
+def _last_picked(trace: Recorder, call: Call, dim: int, dims: list[int]) -> int | None:
+    """The highest number that a constant list picks; None where the numbers may be others next time."""
+    given = call["indices"] if "indices" in call else [call["index"]]
+    numbers = next((each for each in given if each is not None), None)
+    if len(dims) > 1 or numbers is None or numbers.dtype == torch.bool or not numbers.numel():
+        return None
+    constant = trace.is_constant(numbers) and int(numbers.min()) >= 0
+    return int(numbers.max()) if constant else None
 
 
 def _pick(call: Call, labels: Tensor) -> Tensor:

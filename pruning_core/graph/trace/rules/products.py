@@ -17,7 +17,7 @@ from pruning_core.graph.trace.rules.weighted import along
 from pruning_core.graph.trace.shadows import AxisLabels, Shadow, as_activation
 
 
-@rule("matmul", "mm", "bmm", "mv", "dot", "baddbmm", "addbmm")
+@rule("matmul", "mm", "bmm", "mv", "dot", "vdot", "baddbmm", "addbmm")
 def matmul(trace: Recorder, call: Call) -> Any:
     """A product written as letters, for ``product``."""
     left = "batch1" if "batch1" in call else "self"

@@ -115,9 +115,9 @@ def _numbers(trace: Recorder, call: Call, labels: Tensor) -> None:
     if call.name not in NO_STATISTIC:
         return
     if call.name not in VALUED:
-        trace.changes(call.result, labels, f"a {call.name} over channels")
+        trace.changes(call.result, labels, f"{call.name} over channels")
     elif isinstance(call.result, (tuple, list)):
-        trace.changes(call.result[1:], labels, f"the channel's number in a {call.name} over channels")
+        trace.changes(call.result[1:], labels, f"the channel's number in {call.name} over channels")
 
 
 def _is_norm(trace: Recorder, call: Call) -> bool:

@@ -67,7 +67,7 @@ def addmm(trace: Recorder, call: Call) -> Any:
 
 
 def _apply(trace: Recorder, call: Call, source: str, taken: Tensor, given: Tensor, bias: str = "bias") -> Tensor:
-    labels = trace.begun(trace.activation(call, source), -1, taken)
+    labels = trace.read(call[source], trace.activation(call, source), -1, taken)
     trace.consume(along(trace, labels, -1), taken)
     if varying(labels) and not varies(labels, labels.dim() - 1):
         return _across(trace, call, labels, labels.dim() - 1, [given])
@@ -96,7 +96,7 @@ def conv(trace: Recorder, call: Call) -> Any:
         trace.labels.freeze(source, "a convolution slides along channels")
     first, second = weight.vector(0), weight.vector(1)
     if groups == 1:
-        source = trace.begun(source, channel, first if turned else second)
+        source = trace.read(call["input"], source, channel, first if turned else second)
     taken = along(trace, source, channel)
     if groups == 1:
         given, inner = (second, first) if turned else (first, second)
