@@ -493,7 +493,7 @@ class Frozen(nn.Module):
     ("layers", "message"),
     [
         ({"same": [2, 3]}, r"same.weight: masked rows cannot be removed \(.*\), got 2 such rows, the first is 2; keep"),
-        ({"last": [0]}, r"last.weight: masked rows cannot be removed \(a log_softmax over channels"),
+        ({"last": [0]}, r"last.weight: masked rows cannot be removed \(is an output"),
         ({"unused": [0]}, r"unused.weight: masked rows cannot be removed \(no operation uses it on these inputs"),
         ({"up": range(8)}, r"up.weight: its mask prunes every row, got 8 of 8; keep one at least"),
     ],

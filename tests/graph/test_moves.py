@@ -72,13 +72,13 @@ def slices_by_attribute(m, x):
     return m.b(x[:, : m.c]) + m.out(x[:, m.c :])
 
 
-@case("slices_by_literal", image(), (), lambda: {"a": stem(8), "b": head(3), "out": head(5)})
+@case("slices_by_literal", image(), (5,), lambda: {"a": stem(8), "b": head(3), "out": head(5)})
 def slices_by_literal(m, x):
     x = m.a(x).sigmoid()
     return m.b(x[:, :3]) + m.out(x[:, 3:])
 
 
-@case("slices_by_shape", image(), (), lambda: {"a": stem(8), "b": head(4), "out": head(4)})
+@case("slices_by_shape", image(), (4, 4), lambda: {"a": stem(8), "b": head(4), "out": head(4)})
 def slices_by_shape(m, x):
     x = m.a(x).sigmoid()
     c = x.shape[1] // 2
@@ -240,7 +240,7 @@ def every_second_channel(m, x):
     return m.b(x[:, ::2]) + m.out(x[:, 1::2])
 
 
-@case("channels_by_a_list", image(), (), lambda: {"a": stem(), "out": head(2)})
+@case("channels_by_a_list", image(), (4,), lambda: {"a": stem(), "out": head(2)})
 def channels_by_a_list(m, x):
     return m.out(m.a(x)[:, [0, 3]])
 

@@ -11,7 +11,6 @@ from torch import nn
 from pruning_core.graph.cut.widths import widths
 from pruning_core.graph.inputs import untouched
 
-
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 

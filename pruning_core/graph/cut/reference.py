@@ -1,6 +1,6 @@
 """The reference: the dense model, masked, computing what the cut one must compute.
 
-Consumers of removed channels read zeros, and statistics (norms, means, a softmax) are those of the kept channels. So cut
+Consumers of removed channels read zeros; statistics (norms, means, a softmax) are those of the kept channels. So cut
 model and reference are equal for any activation, bias, norm, gate and padding in between.
 """
 

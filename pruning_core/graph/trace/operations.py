@@ -5,8 +5,8 @@ from __future__ import annotations
 CONSUMERS = frozenset(
     (
         "linear addmm conv1d conv2d conv3d convolution _convolution conv_transpose1d conv_transpose2d "
-        "conv_transpose3d matmul mm bmm mv dot vdot baddbmm addbmm einsum _grouped_mm scaled_dot_product_attention lstm "
-        "gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell mean sum norm linalg_vector_norm "
+        "conv_transpose3d matmul mm bmm mv dot vdot baddbmm addbmm einsum _grouped_mm scaled_dot_product_attention "
+        "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell mean sum norm linalg_vector_norm "
         "bilinear _weight_norm _weight_norm_interface"
     ).split()
 )

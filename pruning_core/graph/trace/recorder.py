@@ -106,8 +106,8 @@ class Recorder(TorchDispatchMode):
     """Follows the labels through one forward pass.
 
     ``operations``: all that ran. ``consumers``: axes of weights that read channels. ``statistics``: those over
-    channels. ``costs``: multiply-adds. ``products``: sums of channels times channels. ``inputs``: the labels that each module was first
-    called with.
+    channels. ``costs``: multiply-adds. ``products``: sums of channels times channels. ``inputs``: the labels that each
+    module was first called with.
     """
 
     path: ModulePath

@@ -110,60 +110,59 @@ def _parameters(trace: Recorder, left: Operand, right: Operand, out: str) -> Axi
         if letter in out:
             axes[letter] = both[0]
             if len(both) > 1:
-                trace.labels.tie(*both)
+                trace.labels.tie(both[0], both[1])
         elif len(both) > 1:
-            trace.consume(*both)
+            trace.consume(both[0], both[1])
         else:
             trace.labels.freeze(both[0], "is summed over")
     return AxisLabels(tuple(axes[each] for each in out), tuple(sizes[each] for each in out))
 
 
-def _weight(trace: Recorder, weight: Operand, source: Operand, out: str) -> Any:
+def _weight(trace: Recorder, weight: Operand, source: Operand, out: str) -> Tensor:
     """A parameter times an activation: its summed axis ends channels, its free axis begins some.
 
     Of several axes with channels one goes on: of the input's the heads, or the channels of each with ``narrow_heads``;
     of those that begin here the longest. The others keep their size.
     """
-    parameter = weight.shadow
+    parameter, theirs, sizes = weight.shadow, source.letters, _sizes(weight, source)
     assert isinstance(parameter, AxisLabels)
-    sizes, vectors = _sizes(weight, source), dict(zip(weight.letters, range(len(weight.letters)), strict=True))
-    labels, theirs = as_activation(trace.labels, source.shadow, source.shape), source.letters
-    met = [each for each in theirs if each in vectors and varies(labels, theirs.index(each))]
-    main = met[-1 if trace.labels.narrow_heads else 0] if met else None
+    axes = {letter: parameter.vector(at) for at, letter in enumerate(weight.letters)}
+    labels = as_activation(trace.labels, source.shadow, source.shape)
+    met = [each for each in theirs if each in axes and varies(labels, theirs.index(each))]
+    main = met[-1 if trace.labels.narrow_heads else 0] if met else ""
     for each in met:
         if each != main:
             labels = trace.labels.tie_along(labels, theirs.index(each)).expand(labels.shape)
     for each in (each for each in weight.letters if each in theirs):
-        vector = parameter.vector(vectors[each])
-        if each not in out and each in (main, *(() if main else theirs)):
-            trace.consume(along(trace, labels, theirs.index(each)), vector)
+        if each not in out and main in ("", each):
+            trace.consume(along(trace, labels, theirs.index(each)), axes[each])
         elif each == main:
             lines = labels.movedim(theirs.index(each), -1)
-            trace.labels.tie(lines, vector.expand(lines.shape))
+            trace.labels.tie(lines, axes[each].expand(lines.shape))
         else:
-            trace.labels.freeze(vector, "its axis is no channel axis")
-    passing = labels
-    for at, each in enumerate(theirs):
-        if each not in out:
-            passing = passing.narrow(at, 0, 1) if each != main else torch.zeros_like(passing.narrow(at, 0, 1))
-    passing = _aligned(passing, theirs, out + "".join(each for each in theirs if each not in out))
-    passing = passing.reshape(passing.shape[: len(out)])
-    shape = tuple(sizes[each] for each in out)
-    free = sorted((each for each in weight.letters if each not in theirs), key=lambda each: (each in out, sizes[each]))
-    begun = free.pop() if free and free[-1] in out and not varying(passing) else None
+            trace.labels.freeze(axes[each], "its axis is no channel axis")
+    passing = _passing(labels, theirs, out, main)
+    free = sorted((each for each in axes if each not in theirs), key=lambda each: (each in out, sizes[each]))
+    begun = free.pop() if free and free[-1] in out and not varying(passing) else ""
     for each in free:
-        trace.labels.freeze(parameter.vector(vectors[each]), "its axis is no channel axis")
-    counted = [parameter.vector(vectors[each]) for each in (main, begun) if each]
+        trace.labels.freeze(axes[each], "its axis is no channel axis")
+    counted = [axes[each] for each in (main, begun) if each]
     counted += [passing.movedim(at, -1).reshape(-1, passing.shape[at])[0] for at in varying(passing) if out[at] != main]
-    rows = math.prod(sizes.values())
-    for each in counted:
-        rows //= max(len(each), 1)
-    trace.cost(counted, rows=rows)
-    if begun is None:
+    trace.cost(counted, rows=math.prod(sizes.values()) // max(math.prod(len(each) for each in counted), 1))
+    shape = tuple(sizes[each] for each in out)
+    if not begun:
         return compact(passing.expand(shape))
-    view = [1] * len(shape)
-    view[out.index(begun)] = -1
-    return parameter.vector(vectors[begun]).view(view).expand(shape)
+    return axes[begun].view([-1 if each == begun else 1 for each in out]).expand(shape)
+
+
+def _passing(labels: Tensor, letters: str, out: str, summed: str) -> Tensor:
+    """What is left of an input's labels: those along ``summed`` are read here."""
+    for at, each in enumerate(letters):
+        if each not in out:
+            labels = labels.narrow(at, 0, 1)
+            labels = torch.zeros_like(labels) if each == summed else labels
+    labels = _aligned(labels, letters, out + "".join(each for each in letters if each not in out))
+    return labels.reshape(labels.shape[: len(out)])
 
 
 def _aligned(labels: Tensor, letters: str, all_letters: str) -> Tensor:
