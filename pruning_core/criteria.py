@@ -53,7 +53,7 @@ class Criterion(ABC):
     step alone (masks; ``a`` and ``b`` are the options ``momentum_decay`` and ``momentum_gain``). Channels always add up
     the batches that they are given. ``degree``: the power of the gradient in a step's score, by which a loss scale is
     undone. ``needs``: what it needs beyond weights and gradients, which masks cannot give; such a criterion has
-    ``of_slices``.
+    ``of_slices``. Channels prefer ``each_example`` where there is one.
     """
 
     needs_gradient: bool = True
@@ -84,6 +84,11 @@ class Criterion(ABC):
 
     def of_slices(self, slices: Slices) -> Tensor | None:
         """Channels only, instead of summing ``score``: float64 (channels,), or None to skip this axis."""
+        raise NotImplementedError
+
+    def each_example(self, change: Tensor) -> Tensor:
+        """Channels only: what one example says, whose loss changes by ``change`` to first order, the sum of ``w g``
+        over all that reads a channel; the score is the mean over the examples."""
         raise NotImplementedError
 
 
@@ -150,7 +155,8 @@ class SnipMomentum(Snip):
 class Taylor(Criterion):
     """``|sum_t sum_unit w g|``: how much the loss changes, to first order, when the unit becomes zero.
 
-    Molchanov et al. 2017, arXiv:1611.06440, eq. 8. Signs count: weights of one unit may cancel.
+    Molchanov et al. 2017, arXiv:1611.06440, eq. 8. Signs count: weights of one unit may cancel. Of a channel it is the
+    mean over the examples of what the loss of each changes by.
     """
 
     accumulates = True
@@ -162,6 +168,9 @@ class Taylor(Criterion):
 
     def finish(self, total: Tensor) -> Tensor:
         return total.abs()
+
+    def each_example(self, change: Tensor) -> Tensor:
+        return change.abs()
 
 
 @CRITERIA.add("fisher")
@@ -180,6 +189,9 @@ class Fisher(Taylor):
 
     def finish(self, total: Tensor) -> Tensor:
         return total
+
+    def each_example(self, change: Tensor) -> Tensor:
+        return change.square()
 
 
 @CRITERIA.add("random")

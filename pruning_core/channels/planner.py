@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ def plan_channels(
     graph: ChannelGraph,
     budget: Mapping[str, float],
     *,
-    criterion: str = "l2",
+    criterion: str | None = None,
     scope: str = "global",
     round_to: int = 1,
     limits: float | Mapping[str, Any] = 0.95,
@@ -39,14 +39,16 @@ def plan_channels(
     """The plan that leaves at most a share of one cost: ``{"macs": 0.5}``, ``params``, ``channels`` or ``latency``.
 
     ``criterion``: a name from ``CRITERIA``; those with gradients or activations need ``batches`` and
-    ``to_loss(model, batch)``. ``scope="global"`` ranks all channels together, ``"local"`` takes the same share of every
-    group. ``round_to``: what is left of a group is a multiple of it. ``limits``: the share of a group that may go, for
-    all (0.95), or by name (``re.search``) as most or [least, most]: ``{"stem": 0, "head": [0.2, 0.5]}``. ``op_names``,
+    ``to_loss(model, batch)``. By default ``taylor`` where these are given; else ``l2``, which is much weaker.
+    ``scope="global"`` ranks all channels together, ``"local"`` takes the same share of every group. ``round_to``: what
+    is left of a group is a multiple of it. ``limits``: the share of a group that may go, for all (0.95), or by name
+    (``re.search``) as most or [least, most]: ``{"stem": 0, "head": [0.2, 0.5]}``. ``op_names``,
     ``excluded_op_names``, ``pruning_op_types``: layers, as in ``WeightPruningConfig``. ``latency`` is measured on the
     graph's example, beside the dense model.
     """
+    data = Data(batches, to_loss)
     options = read_options(
-        criterion=criterion,
+        criterion=data.criterion() if criterion is None else criterion,
         scope=scope,
         round_to=round_to,
         limits=limits,
@@ -58,9 +60,10 @@ def plan_channels(
     kind, left = read_budget(budget)
     graph.check()
     room = GroupLimits(graph, options)
-    scores = unit_scores(graph, CRITERIA[options.criterion](options.seed), Data(batches, to_loss))
+    scores = unit_scores(graph, CRITERIA[options.criterion](options.seed), data)
     order = ordered(graph, scores, options.scope)
-    return graph.plan(_Search(graph, room, scores, order, _cost_of(graph, kind), kind, left).run())
+    removed = _Search(graph, room, scores, order, _cost_of(graph, kind), kind, left).run()
+    return replace(graph.plan(removed), criterion=options.criterion)
 
 
 def read_budget(budget: Mapping[str, float]) -> tuple[str, float]:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pruning_core.channels.options import frozen_weights
+from pruning_core.criteria import CRITERIA
 from pruning_core.graph import ChannelGraph, Plan
 from pruning_core.graph.couple.groups import Removed
 from pruning_core.graph.trace.labels import Axis
@@ -63,7 +64,7 @@ class ChannelReport(Report):
             tuple(_groups(graph, removed)),
             (graph.params(), graph.params(removed)),
             (graph.macs(), graph.macs(removed)),
-            (*graph.notes, *_untraced(graph)),
+            (*graph.notes, *_untraced(graph), *_ranked(plan)),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,6 +123,14 @@ def _groups(graph: ChannelGraph, removed: Removed) -> Iterable[GroupChannels]:
     for name, group in graph.groups.items():
         weights = Counter(axis.tensor for axis in group.axes if graph.stored.names[axis.tensor].dim() > 1)
         yield GroupChannels(name, len(group), len(group) - len(list(removed.get(name, ()))), tuple(weights))
+
+
+def _ranked(plan: Plan | None) -> list[str]:
+    """What sees no data ranks hardly better than chance where layers are thin."""
+    criterion = CRITERIA[plan.criterion] if plan is not None and plan.criterion in CRITERIA else None
+    if plan is None or criterion is None or criterion.needs_gradient or criterion.needs.startswith("the activations"):
+        return []
+    return [f"ranked by {plan.criterion}, which sees no data and is weak; give batches= and to_loss="]
 
 
 def _untraced(graph: ChannelGraph) -> list[str]:

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pruning_core.criteria import Criterion, Slices, fold_lines
+from pruning_core.channels.effects import Effects
+from pruning_core.channels.weights import NOT_FINITE, UnitScores, folded, mean_of_slices, of_weights
+from pruning_core.criteria import Criterion, Slices
 from pruning_core.graph import ChannelGraph, GraphError
 from pruning_core.graph.inputs import buffers_kept, leaves
 from pruning_core.graph.trace.labels import Axis
@@ -28,6 +30,11 @@ class Data:
     batches: Iterable[Any] = ()
     to_loss: ToLoss | None = None
 
+    def criterion(self) -> str:
+        """The best one for what is given (docs/benchmarks.md)."""
+        given = self.to_loss is not None or not isinstance(self.batches, tuple) or bool(self.batches)
+        return "taylor" if given else "l2"
+
     def needed(self, what: str) -> ToLoss:
         """``to_loss``; GraphError where none was given."""
         if self.to_loss is None:
@@ -38,49 +45,50 @@ class Data:
 
 
 def unit_scores(graph: ChannelGraph, criterion: Criterion, data: Data) -> dict[int, float]:
-    """By unit: the mean over its slices, divided by the mean of its group, which makes groups comparable.
+    """By unit, divided by the mean of its group, which makes groups comparable.
 
-    A unit without a scored slice has no score and is kept. Buffers are not scored.
+    A unit that nothing scored has no score and is kept. Buffers are not scored.
     """
-    units = graph.components.of_label
-    total, count = np.zeros(units.max() + 1), np.zeros(units.max() + 1)
-    for axis, values in _axis_scores(graph, criterion, data).items():
-        owners = units[graph.labels.axes[axis].numpy()]
-        np.add.at(total, owners, values.double().cpu().numpy())
-        np.add.at(count, owners, 1)
+    every = sorted({axis for group in graph.groups.values() for axis in group.axes}, key=str)
+    axes = [axis for axis in every if axis.tensor in graph.parameters]
+    found = _scores(graph, criterion, axes, data)
     scores: dict[int, float] = {}
     for group in graph.groups.values():
-        members = [unit for unit in group.members if count[unit]]
-        raw = total[members] / count[members]
+        members = [unit for unit in group.members if found.known[unit]]
+        raw = found.values[members]
         mean = raw.mean() if len(raw) and raw.mean() > 0 else 1.0
         scores.update({unit: float(value / mean) for unit, value in zip(members, raw, strict=True)})
     if not all(np.isfinite(list(scores.values()))):
-        raise GraphError("criterion: a score is not finite, got nan or inf in weights or gradients; repair them first")
+        raise GraphError(NOT_FINITE)
     return scores
 
 
-def _axis_scores(graph: ChannelGraph, criterion: Criterion, data: Data) -> dict[Axis, Tensor]:
-    """Per axis of a parameter that any group runs along: float64 (length,)."""
-    every = sorted({axis for group in graph.groups.values() for axis in group.axes}, key=str)
-    axes = [axis for axis in every if axis.tensor in graph.parameters]
+def _scores(graph: ChannelGraph, criterion: Criterion, axes: list[Axis], data: Data) -> UnitScores:
     if type(criterion).of_slices is not Criterion.of_slices:
         values = _activations(graph, data) if criterion.needs.startswith("the activations") else None
         found = {axis: criterion.of_slices(_slices(graph, axis, values)) for axis in axes}
-        return {axis: each for axis, each in found.items() if each is not None}
-    if not criterion.needs_gradient:  # norms and biases cannot be compared with weights, so they say nothing
-        matrices = [axis for axis in axes if graph.stored.names[axis.tensor].dim() > 1]
-        sums = _folded(graph, criterion, matrices, {})
-        return {axis: criterion.finish(each) for axis, each in sums.items()}
+        return mean_of_slices(graph, {axis: each for axis, each in found.items() if each is not None})
+    if not criterion.needs_gradient:
+        return of_weights(graph, criterion, axes)
+    seen: set[str] = set()
     sums, batches = dict[Axis, Tensor](), 0
-    for gradients in _gradients(graph, data):  # without a gradient there is no score: 0 would be the first to go
-        there = [axis for axis in axes if axis.tensor in gradients]
-        for axis, each in _folded(graph, criterion, there, gradients).items():
-            sums[axis] = sums[axis] + each if axis in sums else each
-        batches += 1
+    by_example = type(criterion).each_example is not Criterion.each_example
+    with Effects(graph, axes) if by_example else contextlib.nullcontext() as effects:
+        for gradients in _gradients(graph, data):  # without one there is no score: 0 would be the first to go
+            seen |= gradients.keys()
+            batches += 1
+            if effects is not None:
+                effects.add(criterion, gradients)
+                continue
+            there = [axis for axis in axes if axis.tensor in gradients]
+            for axis, each in folded(graph, criterion, there, gradients).items():
+                sums[axis] = sums[axis] + each if axis in sums else each
     if not batches:
         raise GraphError(NO_BATCH)
-    _tell_without_gradient(graph, {axis.tensor for axis in axes} - {axis.tensor for axis in sums})
-    return {axis: criterion.finish(each / batches) for axis, each in sums.items()}
+    _tell_without_gradient(graph, {axis.tensor for axis in axes} - seen)
+    if effects is not None:
+        return effects.scores(batches)
+    return mean_of_slices(graph, {axis: criterion.finish(each / batches) for axis, each in sums.items()})
 
 
 def _tell_without_gradient(graph: ChannelGraph, names: set[str]) -> None:
@@ -88,22 +96,6 @@ def _tell_without_gradient(graph: ChannelGraph, names: set[str]) -> None:
     found = [name for name, tensor in tensors.items() if tensor.requires_grad and tensor.dim() > 1]
     if found:
         warnings.warn(f"criterion: no gradient came for {', '.join(found)}; their channels stay", stacklevel=2)
-
-
-def _folded(
-    graph: ChannelGraph, criterion: Criterion, axes: list[Axis], gradients: dict[str, Tensor]
-) -> dict[Axis, Tensor]:
-    """One step's sums: a tensor is scored once and folded along each of its axes."""
-    scored: dict[str, Tensor] = {}
-    found = {}
-    for axis in axes:
-        if axis.tensor not in scored:
-            scored.clear()
-            weight = graph.stored.names[axis.tensor].detach().double()
-            gradient = gradients[axis.tensor] if criterion.needs_gradient else None
-            scored[axis.tensor] = criterion.score(weight, None if gradient is None else gradient.double())
-        found[axis] = criterion.each_step(fold_lines(scored[axis.tensor], axis.dim).sum(1))
-    return found
 
 
 def _slices(graph: ChannelGraph, axis: Axis, activations: np.ndarray | None) -> Slices:

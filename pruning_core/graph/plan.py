@@ -28,8 +28,8 @@ class Plan:
     ``consumers``: axes that read removed channels. ``norms``: modules that take statistics over them, with the
     dimension of their input that these lie on; None where it is not one. ``multiplied``: operations that sum removed
     channels of one activation times those of another. ``narrow_heads`` and ``outputs_may_shrink``: how the graph was
-    traced. ``model``: a digest of the model's names and shapes. ``example``: what the graph was traced with; it is not
-    saved.
+    traced. ``model``: a digest of the model's names and shapes. ``criterion``: what ranked the channels, if anything
+    did. ``example``: what the graph was traced with; it is not saved.
     """
 
     sizes: dict[Axis, int]
@@ -41,6 +41,7 @@ class Plan:
     narrow_heads: bool = False
     outputs_may_shrink: bool = False
     model: str = ""
+    criterion: str = ""
     example: Inputs | None = field(default=None, compare=False, repr=False)
 
     def kept(self, axis: Axis) -> list[int]:
@@ -64,6 +65,7 @@ class Plan:
             "narrow_heads": self.narrow_heads,
             "outputs_may_shrink": self.outputs_may_shrink,
             "multiplied": sorted(self.multiplied),
+            "criterion": self.criterion,
         }
 
     @classmethod
@@ -87,6 +89,7 @@ class Plan:
                 narrow_heads=bool(data.get("narrow_heads", False)),
                 outputs_may_shrink=bool(data.get("outputs_may_shrink", False)),
                 model=str(data["model"]),
+                criterion=str(data.get("criterion", "")),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise GraphError(f"plan: is damaged, got {type(error).__name__}: {error}; make it again") from error

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
+from transformers.pytorch_utils import Conv1D
 
-from pruning_core.channels import plan_channels
+from pruning_core.channels import ChannelReport, plan_channels
 from pruning_core.channels.scores import Data, unit_scores
 from pruning_core.criteria import CRITERIA
 from pruning_core.graph import ChannelGraph, GraphError, slim_
@@ -125,11 +126,44 @@ def normed(values):
 
 def test_l2_and_magnitude_by_hand(graph):
     model = graph.model
-    made, read = model[0].weight.detach(), model[3].weight.detach()
-    expected = (made.square().sum((1, 2, 3)) + read.square().sum((0, 2, 3))) / 2
+    scale, read = model[1].weight.detach(), model[3].weight.detach()
+    expected = scale.square() * read.square().sum((0, 2, 3))
     torch.testing.assert_close(by_channel(graph, "l2", "0.weight:0"), normed(expected), **NEAR)
-    expected = (made.abs().sum((1, 2, 3)) + read.abs().sum((0, 2, 3))) / 2
+    expected = scale.abs() * read.abs().sum((0, 2, 3))
     torch.testing.assert_close(by_channel(graph, "magnitude", "0.weight:0"), normed(expected), **NEAR)
+
+
+class WithoutBatchNorm(nn.Module):
+    """Two layers make the channels; a depthwise convolution and the scale of a layer norm act on them on the way."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 16, 1), nn.Conv2d(3, 16, 3, padding=1)
+        self.depthwise, self.norm = nn.Conv2d(16, 16, 3, groups=16), nn.LayerNorm(16)
+        self.out = nn.Linear(16, 4)
+        nn.init.uniform_(self.norm.weight, 0.5, 1.5)
+
+    def forward(self, x):
+        x = self.depthwise((self.first(x) + self.second(x)).relu())
+        return self.out(self.norm(x.flatten(2).transpose(1, 2)).mean(1))
+
+
+def test_magnitude_without_a_batch_norm_by_hand():
+    model = WithoutBatchNorm()
+    graph = ChannelGraph.trace(model, IMAGES[:1])
+    sums = [model.first.weight, model.second.weight, model.depthwise.weight, model.norm.weight, model.out.weight.T]
+    first, second, depthwise, norm, read = (normed(each.detach().abs().reshape(16, -1).sum(1)) for each in sums)
+    expected = normed((first + second) / 2 * (depthwise + norm) / 2 * read)
+    torch.testing.assert_close(by_channel(graph, "magnitude", "first.weight:0"), expected, **NEAR)
+
+
+def test_magnitude_does_not_depend_on_how_weights_before_a_batch_norm_are_scaled():
+    model = net()
+    before = by_channel(ChannelGraph.trace(model, IMAGES[:1]), "l2", "0.weight:0")
+    with torch.no_grad():
+        model[0].weight.mul_(torch.rand(32, 1, 1, 1) + 0.5)
+    torch.testing.assert_close(by_channel(ChannelGraph.trace(model, IMAGES[:1]), "l2", "0.weight:0"), before)
 
 
 def test_norm_scale_by_hand(graph):
@@ -151,22 +185,93 @@ def slices(model, make):
 
 
 def test_first_order_scores_by_hand(graph):
+    """Each example's channels are multiplied by ones where they are read: the gradient of these says it."""
     model = net()
     change, sizes = [], []
-    for batch in DATA["batches"]:
+    for images, target in DATA["batches"]:
         model.zero_grad()
-        loss(model, batch).backward()
-        change.append(slices(model, lambda w, d: (w * w.grad).detach().movedim(d, 0).flatten(1).sum(1)
-                             if w.dim() > 1 else (w * w.grad).detach()))  # fmt: skip
+        ones = torch.ones(len(images), 32, 1, 1, requires_grad=True)
+        cross_entropy(model[3:](model[:3](images) * ones), target).backward()
+        change.append(ones.grad.flatten(1))
         sizes.append(slices(model, lambda w, d: w.grad.abs().movedim(d, 0).flatten(1).sum(1)
                             if w.dim() > 1 else w.grad.abs()))  # fmt: skip
-    change, sizes = (torch.stack([torch.stack(each) for each in kind]).double() for kind in (change, sizes))
+    change, sizes = torch.cat(change).double(), torch.stack([torch.stack(each) for each in sizes]).double()
     near = {"rtol": 1e-4, "atol": 1e-7}
-    torch.testing.assert_close(by_channel(graph, "taylor", "0.weight:0"), normed(change.mean(0).abs().mean(0)), **near)
-    torch.testing.assert_close(
-        by_channel(graph, "fisher", "0.weight:0"), normed(change.square().mean(0).mean(0)), **near
-    )
+    torch.testing.assert_close(by_channel(graph, "taylor", "0.weight:0"), normed(change.abs().mean(0)), **near)
+    torch.testing.assert_close(by_channel(graph, "fisher", "0.weight:0"), normed(change.square().mean(0)), **near)
     torch.testing.assert_close(by_channel(graph, "gradient", "0.weight:0"), normed(sizes.sum(0).mean(0)), **near)
+
+
+READERS = {
+    "linear": (lambda: nn.Linear(12, 5), False),
+    "convolution": (lambda: nn.Conv1d(12, 5, 3, padding=1), True),
+    "transposed convolution": (lambda: nn.ConvTranspose1d(12, 5, 3), True),
+    "grouped convolution": (lambda: nn.Conv1d(12, 8, 1, groups=4), True),
+    "gpt2": (lambda: Conv1D(5, 12), False),
+    "twice": (lambda: Twice(12), False),
+    "frozen": (lambda: nn.Linear(12, 5).requires_grad_(False), False),
+    "keyword": (lambda: Keyword(12), False),
+}
+
+
+class Twice(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.layer = nn.Linear(width, 5)
+
+    def forward(self, x):
+        return self.layer(x) * self.layer(x.flip(1) / 2)
+
+
+class Keyword(Twice):
+    def forward(self, x):
+        return self.layer(input=x)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_whatever_reads_channels_says_how_the_loss_of_each_example_changes(name):
+    make, channels_first = READERS[name]
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.reader, self.ones = nn.Linear(6, 12), make(), None
+
+        def forward(self, x):
+            x = self.first(x).tanh()
+            if self.ones is not None:
+                x = x * self.ones
+            return self.reader(x.transpose(1, 2) if channels_first else x)
+
+    x = torch.randn(6, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model = Tokens().double()
+    single = name in ("grouped convolution", "gpt2")  # read from the weight, of a batch as a whole
+    batches = [each[None] for each in x] if single else [x[:4], x[4:]]
+    found = {}
+    graph = ChannelGraph.trace(model, x[:1])
+    for criterion in ("taylor", "fisher"):
+        data = Data(batches, lambda model, batch: model(batch).square().sum())
+        scores = unit_scores(graph, CRITERIA[criterion](), data)
+        group = graph.groups["first.weight:0"]
+        found[criterion] = torch.tensor([scores[unit] for unit in group.members], dtype=torch.float64)
+    model.ones = torch.ones(6, 1, 12, dtype=torch.float64, requires_grad=True)
+    model(x).square().sum().backward()
+    change = model.ones.grad[:, 0]
+    if name == "grouped convolution":  # channels of four groups go together
+        change = change.view(6, 4, 3).sum(1)
+    torch.testing.assert_close(found["taylor"], normed(change.abs().mean(0)), rtol=1e-9, atol=0.0)
+    torch.testing.assert_close(found["fisher"], normed(change.square().mean(0)), rtol=1e-9, atol=0.0)
+
+
+def test_the_default_criterion_is_the_best_for_what_is_given(graph):
+    weights, data = plan_channels(graph, {"macs": 0.5}), plan_channels(graph, {"macs": 0.5}, **DATA)
+    assert weights == plan_channels(graph, {"macs": 0.5}, criterion="l2") and weights.criterion == "l2"
+    assert data == plan_channels(graph, {"macs": 0.5}, criterion="taylor", **DATA) and data.criterion == "taylor"
+    assert "ranked by l2, which sees no data and is weak" in str(ChannelReport.of(graph, weights))
+    assert "which sees no data" not in str(ChannelReport.of(graph, data))
+    with pytest.raises(GraphError, match=r"^criterion: a gradient needs data"):
+        plan_channels(graph, {"macs": 0.5}, batches=[BATCH])
 
 
 def test_activation_by_hand(graph):
