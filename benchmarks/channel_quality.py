@@ -4,9 +4,9 @@
 
 Digits of scikit-learn at 16 x 16 with noise, 1,200 to train and 597 to test. A net is trained, cut to half and to a
 quarter of its multiply-adds in one step by each criterion, trained for three more epochs, and tested. Criteria with
-data see the first 512 training images in batches of 64. ``tp:magnitude`` and the like are Torch-Pruning's
-(``pip install torch-pruning==1.6.1``): a global group importance, the classifier ignored, cut until the multiply-adds
-are reached.
+data see the first 512 training images in batches of 64. ``--criteria tp:magnitude,tp:taylor`` and the like are
+Torch-Pruning's (``pip install torch-pruning==1.6.1``): a group importance, global or with ``:local`` the same share of
+each layer, the classifier ignored, cut until the multiply-adds are reached.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from pruning_core.report import markdown_table
 TRAIN, SIZE, NOISE, BATCH = 1200, 16, 0.3, 64
 DENSE_EPOCHS, EPOCHS, RATES = 10, 3, (1.5e-3, 5e-4)
 SHARES = (0.5, 0.25)
-CRITERIA = "random,magnitude,l2,bn_scale,taylor,fisher,tp:magnitude,tp:taylor,tp:hessian,tp:bn_scale"
+CRITERIA = "default,default without data,random,magnitude,l2,bn_scale,geometric_median,activation,taylor,fisher"
+PEERS = "tp:magnitude,tp:magnitude:local,tp:bn_scale,tp:taylor"
 Split = tuple[Tensor, Tensor]
 
 
@@ -114,30 +115,24 @@ def cut(net: nn.Module, criterion: str, share: float, split: Split) -> None:
 def cut_by_torch_pruning(net: nn.Module, criterion: str, share: float, split: Split) -> None:
     import torch_pruning as tp
 
+    name, _, scope = criterion.partition(":")
     importance = {
         "magnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2),
         "taylor": tp.importance.GroupTaylorImportance,
-        "hessian": tp.importance.GroupHessianImportance,
         "bn_scale": tp.importance.BNScaleImportance,
-    }[criterion]()
+    }[name]()
     example, last = split[0][:1], [each for each in net.modules() if isinstance(each, nn.Linear)]
     net.eval()
     whole = tp.utils.count_ops_and_params(net, example)[0]
     pruner = tp.pruner.BasePruner(
-        net, example, importance, global_pruning=True, pruning_ratio=0.95, max_pruning_ratio=0.95, iterative_steps=200,
+        net, example, importance, global_pruning=scope != "local", pruning_ratio=0.95, max_pruning_ratio=0.95, iterative_steps=200,
         ignored_layers=last,
     )  # fmt: skip
     while tp.utils.count_ops_and_params(net, example)[0] > share * whole:
         net.zero_grad()
-        if criterion == "taylor":
-            sum(loss(net, batch) for batch in batches(split)).backward()
-        elif criterion == "hessian":
-            importance.zero_grad()
-            for images, labels in batches(split):
-                for each in functional.cross_entropy(net(images), labels, reduction="none"):
-                    net.zero_grad()
-                    each.backward(retain_graph=True)
-                    importance.accumulate_grad(net)
+        if name == "taylor":
+            for batch in batches(split):
+                loss(net, batch).backward()
         pruner.step()
     net.zero_grad()
 
