@@ -124,10 +124,10 @@ def cut_by_torch_pruning(net: nn.Module, criterion: str, share: float, split: Sp
     example, last = split[0][:1], [each for each in net.modules() if isinstance(each, nn.Linear)]
     net.eval()
     whole = tp.utils.count_ops_and_params(net, example)[0]
+    most: dict[str, Any] = {"pruning_ratio": 0.95, "max_pruning_ratio": 0.95, "iterative_steps": 200}
     pruner = tp.pruner.BasePruner(
-        net, example, importance, global_pruning=scope != "local", pruning_ratio=0.95, max_pruning_ratio=0.95, iterative_steps=200,
-        ignored_layers=last,
-    )  # fmt: skip
+        net, example, importance, global_pruning=scope != "local", ignored_layers=last, **most
+    )
     while tp.utils.count_ops_and_params(net, example)[0] > share * whole:
         net.zero_grad()
         if name == "taylor":
