@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from pruning_core.channels.options import GroupLimits, read_options
@@ -16,8 +17,8 @@ from pruning_core.criteria import CRITERIA
 from pruning_core.graph import ChannelGraph, GraphError, Plan, slim_
 from pruning_core.latency import relative_latency
 
-BUDGETS = ("channels", "params", "macs", "latency")
 GIVE_BACK = 200
+BUDGETS = ("channels", "params", "macs", "latency")
 Removed = dict[str, list[int]]
 
 
@@ -61,8 +62,8 @@ def plan_channels(
     graph.check()
     room = GroupLimits(graph, options)
     scores = unit_scores(graph, CRITERIA[options.criterion](options.seed), data)
-    order = ordered(graph, scores, options.scope)
-    removed = _Search(graph, room, scores, order, _cost_of(graph, kind), kind, left).run()
+    ranking = Ranking(room, scores, ordered(graph, scores, options.scope))
+    removed = _Search(graph, room, ranking, _cost_of(graph, kind), kind, left).run()
     return replace(graph.plan(removed), criterion=options.criterion)
 
 
@@ -117,18 +118,29 @@ def latency(graph: ChannelGraph, removed: Removed) -> float:
         dense.train(mode)
 
 
-def removed_of(room: GroupLimits, scores: Mapping[int, float], order: Sequence[int], count: int) -> Removed:
-    """The removals among the first ``count`` units of a ranking: within limits, rounded, balanced.
+class Ranking:
+    """Units in order of removal, and what the first of them come to within limits."""
 
-    A group that must lose more than its share of them loses its own next channels.
-    """
-    graph, ranked, counts = room.graph, dict[str, list[int]](), dict[str, int]()
-    for i, unit in enumerate(order):
-        name, channel = graph.where[unit]
-        ranked.setdefault(name, []).append(channel)
-        counts[name] = counts.get(name, 0) + (i < count)
-    removed = {name: each[: room.rounded(graph.groups[name], counts[name])] for name, each in ranked.items()}
-    return graph.restored({name: channels for name, channels in removed.items() if channels}, scores)
+    def __init__(self, room: GroupLimits, scores: Mapping[int, float], order: Sequence[int]) -> None:
+        self.room, self.scores, self.order = room, scores, order
+        self._channels: dict[str, list[int]] = {}
+        for name, channel in map(room.graph.where.__getitem__, order):
+            self._channels.setdefault(name, []).append(channel)
+        numbers = {name: i for i, name in enumerate(self._channels)}
+        self._groups = np.array([numbers[room.graph.where[unit][0]] for unit in order], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def removed(self, count: int) -> Removed:
+        """The removals among the first ``count``: rounded, balanced.
+
+        A group that must lose more than its share of them loses its own next channels.
+        """
+        graph, counts = self.room.graph, np.bincount(self._groups[:count], minlength=len(self._channels)).tolist()
+        each = zip(self._channels.items(), counts, strict=True)
+        removed = {name: some[: self.room.rounded(graph.groups[name], n)] for (name, some), n in each}
+        return graph.restored(removed, self.scores)
 
 
 @dataclass
@@ -137,25 +149,24 @@ class _Search:
 
     graph: ChannelGraph
     room: GroupLimits
-    scores: Mapping[int, float]
-    order: list[int]
+    ranking: Ranking
     cost: Callable[[Removed], float]
     kind: str
     left: float
 
     def run(self) -> Removed:
         """The removals that meet the budget; GraphError where none do."""
-        least = self.cost(self.removed(len(self.order)))
+        least = self.cost(self.ranking.removed(len(self.ranking)))
         if least > self.left:
             raise GraphError(
                 f"budget: cannot be met, got {self.kind} {self.left}; from {least:.3f} to 1 can be reached with these "
                 f"limits{self._frozen()}"
             )
-        low, high = 0, len(self.order)
-        while high - low > max(1, len(self.order) // 64 if self.kind == "latency" else 1):
+        low, high = 0, len(self.ranking)
+        while high - low > max(1, high // 64 if self.kind == "latency" else 1):
             middle = (low + high) // 2
-            low, high = (low, middle) if self.cost(self.removed(middle)) <= self.left else (middle, high)
-        found = self.removed(high)
+            low, high = (low, middle) if self.cost(self.ranking.removed(middle)) <= self.left else (middle, high)
+        found = self.ranking.removed(high)
         return found if self.kind == "latency" or self.room.round_to > 1 else self.given_back(found)
 
     def _frozen(self) -> str:
@@ -167,17 +178,19 @@ class _Search:
         do = "call requires_grad_(True), or name their layers in op_names"
         return f", and {len(found)} groups stay because {first} require no gradient; {do}" if found else ""
 
-    def removed(self, count: int) -> Removed:
-        """``removed_of`` for this search."""
-        return removed_of(self.room, self.scores, self.order, count)
-
     def given_back(self, removed: Removed) -> Removed:
-        """Restores the highest-scored removals one by one while the budget holds."""
-        units = {self.graph.groups[name].members[i] for name, channels in removed.items() for i in channels}
-        balanced = self.graph.balances.of_unit
-        for unit in sorted(units - balanced.keys(), key=lambda each: -self.scores[each])[:GIVE_BACK]:
+        """Restores the highest-scored removals one by one while the budget holds; channels of one group cost the
+        same."""
+        units = self.graph.units(removed) - self.graph.balances.of_unit.keys()
+        dear: set[str] = set()
+        for unit in sorted(units, key=lambda each: -self.ranking.scores[each])[:GIVE_BACK]:
             name, channel = self.graph.where[unit]
+            if name in dear:
+                continue
             less = {**removed, name: [i for i in removed[name] if i != channel]}
-            if self.cost(less) <= self.left and len(less[name]) >= self.room.bounds(self.graph.groups[name])[0]:
+            enough = len(less[name]) >= self.room.bounds(self.graph.groups[name])[0]
+            if enough and self.cost(less) <= self.left:
                 removed = less
+            else:
+                dear.add(name)
         return {name: channels for name, channels in removed.items() if channels}

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from pruning_core.channels.options import GroupLimits, read_options
-from pruning_core.channels.planner import Removed, ordered, removed_of
+from pruning_core.channels.planner import Ranking, Removed, ordered
 from pruning_core.channels.scores import Data, ToLoss, own_gradients, unit_scores
 from pruning_core.criteria import CRITERIA
 from pruning_core.graph import ChannelGraph, GraphError, Slimmed, slim_
@@ -95,18 +95,18 @@ class Pruner:
 
     def _chosen(self, graph: ChannelGraph, scores: Mapping[int, float], prune_num: int) -> Removed:
         """The longest beginning of the ranking with at most so many channels in it."""
-        order, room = ordered(graph, scores, "global"), GroupLimits(graph, self.options)
-        most = removed_of(room, scores, order, len(order))
+        ranking = Ranking(GroupLimits(graph, self.options), scores, ordered(graph, scores, "global"))
+        most = ranking.removed(len(ranking))
         if _count(most) < prune_num:
             raise GraphError(
                 f"prune_num: only {_count(most)} channels of this model can go within these limits, got {prune_num}"
             )
-        low, high = prune_num, len(order)
+        low, high = prune_num, len(ranking)
         while low < high:
             middle = (low + high + 1) // 2
-            fits = _count(removed_of(room, scores, order, middle)) <= prune_num
+            fits = _count(ranking.removed(middle)) <= prune_num
             low, high = (middle, high) if fits else (low, middle - 1)
-        chosen = removed_of(room, scores, order, low)
+        chosen = ranking.removed(low)
         if not _count(chosen):
             raise GraphError(
                 f"prune_num: so few channels leave no piece of a chunk or no rounded size, got {prune_num}; give more"

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
-from pruning_core.criteria import Criterion, fold_lines
+from pruning_core.criteria import Criterion
 from pruning_core.graph import ChannelGraph, GraphError
 from pruning_core.graph.trace.labels import Axis
 
@@ -76,8 +76,9 @@ def folded(
     for axis in axes:
         if axis.tensor not in scored:
             scored.clear()
-            weight = graph.stored.names[axis.tensor].detach().double()
             gradient = gradients[axis.tensor] if criterion.needs_gradient else None
-            scored[axis.tensor] = criterion.score(weight, None if gradient is None else gradient.double())
-        found[axis] = criterion.each_step(fold_lines(scored[axis.tensor], axis.dim).sum(1))
+            scored[axis.tensor] = criterion.score(graph.stored.names[axis.tensor].detach(), gradient)
+        score = scored[axis.tensor]
+        other = [dim for dim in range(score.dim()) if dim != axis.dim]
+        found[axis] = criterion.each_step((score.sum(other) if other else score).double())
     return found

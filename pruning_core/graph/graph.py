@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,7 @@ from pruning_core.graph.plan import Plan, digest
 from pruning_core.graph.trace.activations import mean_activations
 from pruning_core.graph.trace.labels import Axis, Labels
 from pruning_core.graph.trace.modules import tie_modules
-from pruning_core.graph.trace.recorder import Cost, Recorder
+from pruning_core.graph.trace.recorder import Recorder
 from pruning_core.graph.trace.run import record
 from pruning_core.graph.trace.shadows import StoredTensors
 from pruning_core.graph.wrappers import refuse_unready, unwrapped
@@ -142,20 +145,27 @@ class ChannelGraph(Coupling):
 
     def params(self, removed: Removed | None = None) -> int:
         """Number of parameters of the model, without the removed channels if given."""
-        dead = self.dead(removed or {})
-        total = 0
-        for name, tensor in self.model.named_parameters():
-            kept = [
-                int((~dead[self.labels.axes[Axis(name, dim)].numpy()]).sum()) if name in self.stored.names else size
-                for dim, size in enumerate(tensor.shape)
-            ]
-            total += int(np.prod(kept))
-        return total
+        return self._sizes.total(self.dead(removed or {}))
 
     def macs(self, removed: Removed | None = None) -> int:
         """Multiply-adds of weighted layers and attention in one forward pass of the example (batch included)."""
-        dead = self.dead(removed or {})
-        return sum(_macs(cost, dead) for cost in self.traces[0].costs)
+        return self._costs.total(self.dead(removed or {}))
+
+    @cached_property
+    def _costs(self) -> Products:
+        return Products([(cost.rows, cost.vectors) for cost in self.traces[0].costs])
+
+    @cached_property
+    def _sizes(self) -> Products:
+        tensors = [(name, each) for name, each in self.model.named_parameters()]
+        axes = self.labels.axes
+        return Products(
+            [
+                (1, [axes[Axis(name, dim)] for dim in range(each.dim())]) if name in self.stored.names
+                else (each.numel(), [])
+                for name, each in tensors
+            ]
+        )  # fmt: skip
 
     def plan(self, removed: Removed) -> Plan:
         """The plan that removes ``{group name: channel numbers}``; GraphError where pieces would become unequal."""
@@ -207,8 +217,21 @@ class ChannelGraph(Coupling):
             )
 
 
-def _macs(cost: Cost, dead: np.ndarray) -> int:
-    total = cost.rows
-    for vector in cost.vectors:
-        total *= int((~dead[vector.numpy()]).sum())
-    return total
+class Products:
+    """A sum of products: a number times how many labels are left of each of some vectors."""
+
+    def __init__(self, terms: Sequence[tuple[int, Sequence[Tensor]]]) -> None:
+        vectors = [each for _, some in terms for each in some]
+        self._factors = [factor for factor, _ in terms]
+        self._counts = [len(some) for _, some in terms]
+        self._labels = np.concatenate([np.zeros(0, dtype=np.int32), *(each.numpy() for each in vectors)])
+        self._ends = np.cumsum([0, *(len(each) for each in vectors)])
+
+    def total(self, dead: np.ndarray) -> int:
+        """The sum without the dead labels."""
+        alive = np.concatenate([[0], np.cumsum(~dead[self._labels])])[self._ends]
+        left = iter(np.diff(alive).tolist())
+        return sum(
+            factor * math.prod(itertools.islice(left, count))
+            for factor, count in zip(self._factors, self._counts, strict=True)
+        )

@@ -154,7 +154,7 @@ def ranges(at: Iterable[int]) -> list[list[int]]:
         return []
     breaks = np.flatnonzero(np.diff(found) != 1)
     starts, ends = found[np.r_[0, breaks + 1]], found[np.r_[breaks, len(found) - 1]]
-    return [[int(a), int(b)] for a, b in zip(starts, ends, strict=True)]
+    return np.stack([starts, ends], 1).tolist()
 
 
 def indices(pairs: Iterable[Iterable[int]]) -> list[int]:

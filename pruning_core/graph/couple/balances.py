@@ -39,10 +39,12 @@ class Balances:
             pair = open_pairs[0]
             sign = np.sign(off[pair])
             candidates = [unit for unit, weight in self.weights[pair].items() if unit in removed and weight * sign > 0]
-            unit = max(candidates, key=lambda each: self._rank(each, off, score))
-            removed.discard(unit)
-            for i in self.of_unit[unit]:
-                off[i] -= self.weights[i][unit]
+            for unit in sorted(candidates, key=lambda each: self._rank(each, off, score), reverse=True):
+                removed.discard(unit)
+                for i in self.of_unit[unit]:
+                    off[i] -= self.weights[i][unit]
+                if off[pair] * sign <= 0:
+                    break
             open_pairs = [i for i, each in enumerate(off) if each]
         return removed
 

@@ -20,6 +20,7 @@ class Components:
 
     def __init__(self, of_label: np.ndarray, reasons: dict[int, str], removable: np.ndarray) -> None:
         self.of_label, self.reasons = of_label, reasons
+        self.count = int(of_label.max()) + 1
         self._fixed = np.bincount(of_label) == 1  # an axis that no operation has touched
         self._fixed[of_label[removable]] = False
         self._fixed[list(reasons)] = True

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -18,15 +19,35 @@ Removed = Mapping[str, Iterable[int]]
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels on the same axes, which can replace each other. ``slices[i]``: the indices of channel i, by axis."""
+    """Channels on the same axes, which can replace each other.
+
+    ``members``: their units. ``units``: by axis the unit of each index.
+    """
 
     name: str
     axes: tuple[Axis, ...]
     members: tuple[int, ...]
-    slices: tuple[dict[Axis, tuple[int, ...]], ...]
+    units: Mapping[Axis, np.ndarray] = field(repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.members)
+
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """``members`` as an array."""
+        return np.array(self.members)
+
+    @cached_property
+    def slices(self) -> tuple[dict[Axis, tuple[int, ...]], ...]:
+        """The indices of each channel, by axis."""
+        found: tuple[dict[Axis, tuple[int, ...]], ...] = tuple({} for _ in self.members)
+        for axis in self.axes:
+            units = self.units[axis]
+            order = np.argsort(units, kind="stable")
+            bounds = [np.searchsorted(units[order], self.numbers, side=side) for side in ("left", "right")]
+            for of_channel, start, stop in zip(found, *bounds, strict=True):
+                of_channel[axis] = tuple(order[start:stop].tolist())
+        return found
 
 
 class Coupling:
@@ -52,8 +73,9 @@ class Coupling:
 
     def dead(self, removed: Removed) -> np.ndarray:
         """Bool per label: whether it goes."""
-        gone = np.zeros(int(self.components.of_label.max()) + 1, dtype=bool)
-        gone[list(self.units(removed))] = True
+        gone = np.zeros(self.components.count, dtype=bool)
+        for name, channels in removed.items():
+            gone[self.groups[name].numbers[list(channels)]] = True
         return gone[self.components.of_label]
 
     def restored(self, removed: Removed, score: Mapping[int, float] | None = None) -> dict[str, list[int]]:
@@ -61,42 +83,43 @@ class Coupling:
 
         ``score``, by unit: the highest are restored first.
         """
-        found: dict[str, list[int]] = {}
-        for unit in sorted(self.balances.restored(self.units(removed), score)):
-            name, i = self.where[unit]
-            found.setdefault(name, []).append(i)
-        return found
+        chosen = {name: sorted(set(channels)) for name, channels in removed.items()}
+        units = self.units(chosen) & self.balances.of_unit.keys()
+        back = {self.where[unit] for unit in units - self.balances.restored(units, score)}
+        left = {name: [i for i in channels if (name, i) not in back] for name, channels in chosen.items()}
+        return {name: channels for name, channels in left.items() if channels}
 
     def removed_indices(self, removed: Removed) -> dict[Axis, tuple[int, ...]]:
         """Per axis: the indices that are removed with these channels."""
-        gone: dict[Axis, set[int]] = {}
-        for name, channels in removed.items():
-            for channel in channels:
-                for axis, at in self.groups[name].slices[channel].items():
-                    gone.setdefault(axis, set()).update(at)
-        return {axis: tuple(sorted(at)) for axis, at in gone.items()}
+        dead = self.dead(removed)
+        axes = dict.fromkeys(axis for name, channels in removed.items() if channels for axis in self.groups[name].axes)
+        return {axis: tuple(np.flatnonzero(dead[self.labels.axes[axis].numpy()]).tolist()) for axis in axes}
 
 
 def groups_of(labels: Labels, components: Components) -> list[ChannelGroup]:
-    """Units on the same axes form a group, named after its first axis."""
-    slices: dict[int, dict[Axis, list[int]]] = {}
-    for axis, vector in labels.axes.items():
-        units = components.of_label[vector.numpy()]
-        for index, unit in enumerate(units.tolist()):
-            slices.setdefault(unit, {}).setdefault(axis, []).append(index)
-    alike: dict[tuple[Axis, ...], list[int]] = {}
-    for unit, found in slices.items():
-        if not components.fixed(unit):
-            alike.setdefault(tuple(found), []).append(unit)
+    """Units on the same axes form a group, named after its first axis; units are in the order of their first label."""
+    units = {axis: components.of_label[vector.numpy()] for axis, vector in labels.axes.items()}
+    random = np.random.default_rng(0).integers(1, 2**63, len(units), dtype=np.uint64)
+    alike = np.zeros(components.count, dtype=np.uint64)  # a sum of random numbers stands for a set of axes
+    for number, of_axis in zip(random, units.values(), strict=True):
+        alike[np.unique(of_axis)] += number
+    found, first = np.unique(components.of_label, return_index=True)
+    free = [unit for unit in found[np.argsort(first)].tolist() if alike[unit] and not components.fixed(unit)]
+    members: dict[int, list[int]] = {}
+    for unit in free:
+        members.setdefault(int(alike[unit]), []).append(unit)
+    axes: dict[int, list[Axis]] = {}
+    for axis, of_axis in units.items():
+        for kind in np.unique(alike[of_axis]).tolist():
+            axes.setdefault(kind, []).append(axis)
     named: dict[str, int] = {}
     groups = []
-    for axes, members in alike.items():
-        if len(members) < 2:
+    for kind, each in members.items():
+        if len(each) < 2:
             continue
-        name = str(axes[0])
+        name = str(axes[kind][0])
         named[name] = named.get(name, 0) + 1
         if named[name] > 1:
             name = f"{name}#{named[name]}"
-        shared = tuple({axis: tuple(at) for axis, at in slices[unit].items()} for unit in members)
-        groups.append(ChannelGroup(name, axes, tuple(members), shared))
+        groups.append(ChannelGroup(name, tuple(axes[kind]), tuple(each), units))
     return groups

@@ -6,11 +6,11 @@ that go together are tied; channels that must stay are frozen, with the reason. 
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +37,10 @@ class Axis:
 
 def varies(labels: Tensor, dim: int) -> bool:
     """Whether the labels differ along this dimension."""
-    return labels.shape[dim] > 1 and labels.stride(dim) != 0 and bool((labels != labels.narrow(dim, 0, 1)).any())
+    if labels.shape[dim] < 2 or labels.stride(dim) == 0:
+        return False
+    core = unexpanded(labels)[0]
+    return not torch.equal(core, core.narrow(dim, 0, 1).expand(core.shape))
 
 
 def varying(labels: Tensor) -> list[int]:
@@ -116,13 +119,14 @@ class Labels:
         self._count += size
         return self.axes[axis]
 
-    def owner(self, label: int) -> Axis | None:
-        """The axis that a label belongs to."""
-        return self._owners[bisect.bisect_right(self._starts, label) - 1]
+    def owners(self, labels: Tensor) -> set[Axis | None]:
+        """The axes that labels belong to."""
+        places = np.searchsorted(self._starts, unexpanded(labels)[0].numpy().ravel(), side="right")
+        return {self._owners[place - 1] for place in np.unique(places)}
 
     def same_owner(self, labels: Tensor) -> bool:
         """Whether all labels belong to one axis."""
-        return len({self.owner(int(label)) for label in labels.unique()}) == 1
+        return len(self.owners(labels)) == 1
 
     def tie(self, left: Tensor, right: Tensor, because: str = "") -> None:
         """Ties labels element by element; a label that meets none is frozen."""

@@ -241,7 +241,7 @@ class Recorder(TorchDispatchMode):
 
     def consume(self, source: Tensor, taken: Tensor) -> None:
         """Ties an axis of a weight to the channels it consumes; freezes them where the weight has a fixed size."""
-        self.consumers.update(axis for axis in {self.labels.owner(int(label)) for label in taken.unique()} if axis)
+        self.consumers.update(axis for axis in self.labels.owners(taken) if axis)
         self.labels.tie(source, taken, "meets an input of fixed size")
 
     def joined(self, tensor: Tensor, dim: int, pieces: list[Tensor]) -> bool:

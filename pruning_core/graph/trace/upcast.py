@@ -33,6 +33,8 @@ WEIGHTED = frozenset(
 )
 LOUD = (0.1, 10.0)
 """The spread that a weighted operation's result may have in a trial; beyond it the weight is rescaled."""
+ENOUGH = 1000
+"""So many positions say how far a result varies."""
 SILENT = 1e-6
 """Less may be rounding alone (of what a norm made of a constant), which must not be amplified."""
 
@@ -171,5 +173,6 @@ def _spread(result: Any, operation: str) -> float:
         return 0.0
     channels = 1 if "conv" in operation and result.dim() > 2 else -1
     lines = result.movedim(channels, -1).reshape(-1, result.shape[channels])
+    lines = lines[:: max(1, len(lines) // ENOUGH)]
     spread = lines.var(0).mean().sqrt() if len(lines) >= 4 else result.std()
     return float(spread) if bool(spread.isfinite()) else 0.0
