@@ -96,8 +96,8 @@ def fold_constants(model: nn.Module, plan: Plan, example: Inputs, undo: ExitStac
         grown = [consumer.fold(constants, undo) for consumer, constants in found]
     for inputs, want in zip(runs, wanted, strict=True):
         trace = masked_run(model, plan, inputs)
-        for value, leaf in zip(want, leaves(trace.output), strict=True):
-            _compare(kept_part(trace, leaf, value), kept_part(trace, leaf, leaf))
+        for shadow, value, leaf in zip(trace.outputs, want, leaves(trace.output), strict=True):
+            _compare(kept_part(trace, shadow, value), kept_part(trace, shadow, leaf))
     return any(grown)
 
 

@@ -19,3 +19,7 @@ class CannotFollowError(GraphError):
     def __init__(self, operation: Any, message: str) -> None:
         super().__init__(message)
         self.operation = operation
+
+
+class OtherOperationsError(Exception):
+    """A run is not the one that was recorded."""

@@ -48,7 +48,7 @@ class ChannelGraph(Coupling):
         super().__init__(traces[0].labels, traces)
         self.model, self.example, self.stored = model, example, traces[0].stored
         self.notes, self.outputs_may_shrink = notes, outputs_may_shrink
-        self._cut = TrialCuts(model)
+        self._cut = TrialCuts(model, traces[0])
         self.traced = digest(model)
         self.parameters = frozenset(name for name, _ in model.named_parameters())
         self.consumers = frozenset(axis for trace in traces for axis in trace.consumers)
@@ -105,9 +105,9 @@ class ChannelGraph(Coupling):
             prove(graph, model, graph._attempt)
         return graph
 
-    def _attempt(self, removed: Removed) -> None:
-        """Cuts a copy; GraphError where the cut cannot be followed or computes something else."""
-        self._cut(self.plan(self.restored(removed)), self.example)
+    def _attempt(self, removed: Removed, numbers: bool = True) -> None:
+        """Cuts a copy; GraphError where the cut cannot be followed, or computes something else."""
+        self._cut(self.plan(self.restored(removed)), self.example, numbers)
 
     # ---- what there is ----------------------------------------------------------------------------------------------
 
@@ -190,6 +190,7 @@ class ChannelGraph(Coupling):
             outputs_may_shrink=self.outputs_may_shrink,
             multiplied=frozenset(where for where, vector in products if bool(gone[vector.numpy()].any())),
             example=self.example,
+            recorded=self.traces[0],
         )
 
     def _norms(self, gone: np.ndarray) -> dict[str, int | None]:

@@ -16,20 +16,21 @@ from pruning_core.checkpoint import write_atomically
 from pruning_core.graph.errors import GraphError
 from pruning_core.graph.inputs import Inputs
 from pruning_core.graph.trace.labels import Axis
+from pruning_core.graph.trace.recorder import Recorder
 
 FORMAT, VERSION = "pruning_core.channel_plan", 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which indices of which axes go, with all that cutting needs to know. Plain data, but for ``example``.
+    """Which indices of which axes go, with all that cutting needs to know. Plain data, but for the last two.
 
     ``sizes`` and ``removed``: per axis its length and the indices that go. ``channels``: the same as group -> channels.
     ``consumers``: axes that read removed channels. ``norms``: modules that take statistics over them, with the
     dimension of their input that these lie on; None where it is not one. ``multiplied``: operations that sum removed
     channels of one activation times those of another. ``narrow_heads`` and ``outputs_may_shrink``: how the graph was
     traced. ``model``: a digest of the model's names and shapes. ``criterion``: what ranked the channels, if anything
-    did. ``example``: what the graph was traced with; it is not saved.
+    did. ``example``, ``recorded``: what the graph was traced with, and its run; they are not saved.
     """
 
     sizes: dict[Axis, int]
@@ -43,6 +44,7 @@ class Plan:
     model: str = ""
     criterion: str = ""
     example: Inputs | None = field(default=None, compare=False, repr=False)
+    recorded: Recorder | None = field(default=None, compare=False, repr=False)
 
     def kept(self, axis: Axis) -> list[int]:
         """The indices of an axis that stay."""

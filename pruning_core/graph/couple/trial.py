@@ -18,14 +18,15 @@ from pruning_core.graph.trace.operations import RANGES, SIZED
 from pruning_core.graph.trace.recorder import Operation, Recorder
 
 ROUNDS = 60
-TRIALS = ((1, 2, 3), (3, 1, 2))
-"""Quarters of one group after another: some code follows as long as all lose the same share."""
+TRIALS = {(1, 2, 3): True, (3, 1, 2): False}
+"""Quarters of one group after another: some code follows as long as all lose the same share. One trial of numbers, and
+one of shapes alone."""
 
 Kind = tuple[type, str, tuple[int, ...]]
 Alike = list[tuple[Recorder, Operation]]
 
 
-def prove(coupling: Coupling, model: nn.Module, attempt: Callable[[Removed], None]) -> None:
+def prove(coupling: Coupling, model: nn.Module, attempt: Callable[[Removed, bool], None]) -> None:
     """Cuts every group, twice, by ``attempt``, which raises where the cut model differs from the masked one.
 
     Where the code does not follow, one size may serve several tensors: the heads of query, key and value, or what
@@ -39,8 +40,8 @@ def prove(coupling: Coupling, model: nn.Module, attempt: Callable[[Removed], Non
         if not coupling.groups:
             return
         try:
-            for quarters in TRIALS:
-                attempt(_trial(coupling, quarters))
+            for quarters, numbers in TRIALS.items():
+                attempt(_trial(coupling, quarters), numbers)
             return
         except CannotFollowError as error:
             kind, last = _kind(model, error.operation), str(error)
@@ -66,13 +67,13 @@ def prove(coupling: Coupling, model: nn.Module, attempt: Callable[[Removed], Non
     raise GraphError(f"example_inputs: no cut of this model can be followed ({last}); leave the model as it is")
 
 
-def _freeze_wrong(coupling: Coupling, attempt: Callable[[Removed], None]) -> bool:
+def _freeze_wrong(coupling: Coupling, attempt: Callable[[Removed, bool], None]) -> bool:
     """Freezes each group whose cut alone changes the output; whether there was any."""
     found = False
     halves = _trial(coupling, (2,))
     for name in halves:
         try:
-            attempt({each: halves[each] for each in _balanced_with(coupling, name)})
+            attempt({each: halves[each] for each in _balanced_with(coupling, name)}, True)
         except GraphError as error:
             found = True
             for slices in coupling.groups[name].slices:

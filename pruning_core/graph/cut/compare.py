@@ -24,18 +24,18 @@ from pruning_core.graph.trace.upcast import Upcast
 
 @dataclass(frozen=True)
 class CutModel:
-    """A cut model, and the run of the masked one with its outputs, which it must give to a relative ``tolerance``. It
-    computes in float64 if that one did."""
+    """A cut model, and the run of the masked one with its outputs, which it must give to a relative ``tolerance`` (any
+    outputs without). It computes in float64 if that one did."""
 
     model: nn.Module
     trace: MaskedRun
     example: Inputs
-    reference: list[Tensor]
+    reference: list[Tensor] | None
     tolerance: float
 
     def accept(self, output: Any) -> float:
         """The relative difference of an output; GraphError where it is above the tolerance."""
-        return accept(self.reference, leaves(output), self.tolerance)
+        return 0.0 if self.reference is None else accept(self.reference, leaves(output), self.tolerance)
 
     def run(self) -> Outcome:
         """Runs the cut model up to the first divergence."""

@@ -16,11 +16,12 @@ from pruning_core.graph.cut.attributes import Attributes
 from pruning_core.graph.cut.compare import CutModel
 from pruning_core.graph.cut.difference import IN_FLOAT64, tolerance_of, wanted
 from pruning_core.graph.cut.follow import follow
-from pruning_core.graph.cut.reference import masked_run
+from pruning_core.graph.cut.reference import masked_run, recorded_run
 from pruning_core.graph.cut.slicing import cut_parameters
-from pruning_core.graph.errors import CannotRunError
+from pruning_core.graph.errors import CannotRunError, GraphError
 from pruning_core.graph.inputs import Inputs
 from pruning_core.graph.plan import Plan, named_tensors
+from pruning_core.graph.trace.recorder import Recorder
 from pruning_core.graph.trace.upcast import Upcast, in_double, stored_in_double
 
 
@@ -41,20 +42,33 @@ class TrialCuts:
     """Cuts a copy of the model for one plan after another; GraphError where its code does not follow the cut, or where
     the cut copy computes something else than the masked one."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.ways = model, list(WAYS)
+    def __init__(self, model: nn.Module, recorded: Recorder | None = None) -> None:
+        self.model, self.recorded, self.ways = model, recorded, list(WAYS)
 
-    def __call__(self, plan: Plan, example: Inputs) -> None:
+    def __call__(self, plan: Plan, example: Inputs, numbers: bool = True) -> None:
+        """Without ``numbers`` shapes alone are compared, with the recorded run, as long as they do not depend on what
+        was cut (which experts are chosen)."""
+        if not numbers and self.recorded is not None:
+            with contextlib.suppress(GraphError):
+                return _cut_shapes(self.model, plan, example, self.recorded)
         while True:
             try:
-                return _cut(self.model, plan, example, self.ways[0])
+                return _cut(self.model, plan, example, self.ways[0], self.recorded)
             except CannotRunError:
                 if len(self.ways) == 1:
                     raise
                 del self.ways[0]
 
 
-def _cut(model: nn.Module, plan: Plan, example: Inputs, way: Way) -> None:
+def _cut_shapes(model: nn.Module, plan: Plan, example: Inputs, recorded: Recorder) -> None:
+    trial = shared_copy(model)
+    cut_parameters(trial, plan)
+    attributes = Attributes(trial)
+    attributes.follow_parameters()
+    follow(attributes, CutModel(trial, recorded_run(recorded, plan), example, None, 0.0))
+
+
+def _cut(model: nn.Module, plan: Plan, example: Inputs, way: Way, recorded: Recorder | None) -> None:
     trial = shared_copy(model)
     if way.lively:
         _enliven(trial)
@@ -63,7 +77,7 @@ def _cut(model: nn.Module, plan: Plan, example: Inputs, way: Way) -> None:
         example = in_double(example)
     with stored_in_double(named_tensors(trial).values()) if way.stored else contextlib.nullcontext():
         upcast = Upcast(trial, None if way.lively else {}) if way.upcast else None
-        trace = masked_run(trial, plan, example, upcast)
+        trace = masked_run(trial, plan, example, upcast, recorded)
         reference = wanted(trace, plan.outputs_may_shrink)
         if upcast is not None and upcast.rounded:
             raise CannotRunError("example_inputs: what they give is rounded on the way")

@@ -12,6 +12,7 @@ from pruning_core.graph.cut.reference import MaskedRun
 from pruning_core.graph.errors import CannotRunError, GraphError
 from pruning_core.graph.inputs import leaves
 from pruning_core.graph.trace.labels import left
+from pruning_core.graph.trace.shadows import Shadow
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 IN_FLOAT64 = TOLERANCE[torch.float64]
@@ -24,7 +25,9 @@ ENDLESS = 1e30
 def wanted(trace: MaskedRun, outputs_may_shrink: bool) -> list[Tensor]:
     """What the cut model must give: the masked model's outputs, of those that lose channels the kept part."""
     found = numbers_of(trace.output)
-    return [kept_part(trace, leaf, leaf) if outputs_may_shrink else leaf.detach().clone() for leaf in found]
+    if not outputs_may_shrink:
+        return [leaf.detach().clone() for leaf in found]
+    return [kept_part(trace, shadow, leaf) for shadow, leaf in zip(trace.outputs, found, strict=True)]
 
 
 def numbers_of(output: Any) -> list[Tensor]:
@@ -38,11 +41,10 @@ def numbers_of(output: Any) -> list[Tensor]:
     return found
 
 
-def kept_part(trace: MaskedRun, output: Tensor, value: Tensor) -> Tensor:
-    """The kept part of a value that lies where an output loses channels."""
-    shadow = trace.shadow_of(output)
+def kept_part(trace: MaskedRun, shadow: Shadow, value: Tensor) -> Tensor:
+    """The kept part of a value that lies where an output with this shadow loses channels."""
     shape = left(shadow, trace.dead) if isinstance(shadow, Tensor) else None
-    if not isinstance(shadow, Tensor) or shape is None or shape == tuple(output.shape):
+    if not isinstance(shadow, Tensor) or shape is None or shape == tuple(value.shape):
         return value.detach().clone()
     return value[~trace.dead[shadow.long()]].reshape(shape)
 

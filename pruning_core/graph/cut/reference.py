@@ -6,6 +6,8 @@ model and reference are equal for any activation, bias, norm, gate and padding i
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,23 +15,73 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from pruning_core.graph.errors import OtherOperationsError
 from pruning_core.graph.inputs import Inputs
 from pruning_core.graph.plan import Plan
 from pruning_core.graph.trace import draws
 from pruning_core.graph.trace.labels import NONE, Labels, unexpanded, varies
-from pruning_core.graph.trace.operations import CHANNELS_FIRST_NORMS, CONSUMERS, LAST_DIM_NORMS, SCANS, STATISTICS
-from pruning_core.graph.trace.recorder import Call, Recorder
+from pruning_core.graph.trace.operations import (
+    CHANNELS_FIRST_NORMS,
+    CONSUMERS,
+    LAST_DIM_NORMS,
+    SCANS,
+    STATISTICS,
+    UNSTEADY,
+)
+from pruning_core.graph.trace.recorder import Call, Recorder, arguments_of, shapes_of
 from pruning_core.graph.trace.run import record
 from pruning_core.graph.trace.shadows import AxisLabels, Shadow, StoredTensors
 from pruning_core.graph.trace.upcast import Upcast
 
 
 class MaskedRun(Recorder):
-    """Runs the dense model as if the labels in ``dead`` (bool per label) were gone; in float64 with an ``upcast``."""
+    """Runs the dense model as if the labels in ``dead`` (bool per label) were gone; in float64 with an ``upcast``.
 
-    def __init__(self, labels: Labels, stored: StoredTensors, dead: Tensor, upcast: Upcast | None = None) -> None:
+    ``recorded``: a run on the same inputs, whose labels are taken as long as the operations are the same.
+    """
+
+    def __init__(
+        self,
+        labels: Labels,
+        stored: StoredTensors,
+        dead: Tensor,
+        upcast: Upcast | None = None,
+        recorded: Recorder | None = None,
+    ) -> None:
         super().__init__(labels, stored)
-        self.dead, self.upcast = dead, upcast
+        self.dead, self.upcast, self.recorded = dead, upcast, recorded
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.recorded is None:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        call = Call(func, arguments_of(func, args, kwargs or {}), self.path.now)
+        if call.name in UNSTEADY:
+            return self._run(call, args, kwargs or {})
+        at, tensors = len(self.operations), call.tensors()
+        known = self.recorded.operations[at] if at < len(self.recorded.operations) else None
+        if known is None or not known.is_like(call, tensors):
+            raise OtherOperationsError
+        call.shadows = {id(each): shadow for each, (_, shadow) in zip(tensors, known.tensors, strict=False)}
+        result = self.execute(call, args, kwargs or {})
+        if shapes_of(result) != known.shapes:
+            raise OtherOperationsError
+        self.dtypes.update(leaf.dtype for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
+        numbers, constants = call.numbers(), tuple((i, float(tensors[i].item())) for i, _ in known.constants)
+        same = numbers == known.numbers and constants == known.constants
+        self.operations.append(known if same else replace(known, numbers=numbers, constants=constants))
+        return result
+
+    def entered(self, path: str, tensors: list[Tensor]) -> None:
+        if self.recorded is None:
+            super().entered(path, tensors)
+
+    def end(self, output: Any, outputs_may_shrink: bool) -> None:
+        if self.recorded is None:
+            super().end(output, outputs_may_shrink)
+        elif len(self.operations) != len(self.recorded.operations):
+            raise OtherOperationsError
+        else:
+            self.output, self.outputs = output, self.recorded.outputs
 
     def execute(self, call: Call, args: Any, kwargs: Any) -> Any:
         if call.name in LAST_DIM_NORMS and self._gone(call, "input", -1) is not None:
@@ -143,8 +195,22 @@ def dead_labels(labels: Labels, plan: Plan) -> Tensor:
     return torch.from_numpy(dead)
 
 
-def masked_run(model: nn.Module, plan: Plan, example: Inputs, upcast: Upcast | None = None) -> MaskedRun:
+def recorded_run(recorded: Recorder, plan: Plan) -> MaskedRun:
+    """A recorded run as the reference for shapes alone."""
+    found = MaskedRun(recorded.labels, recorded.stored, dead_labels(recorded.labels, plan))
+    found.operations = recorded.operations
+    return found
+
+
+def masked_run(
+    model: nn.Module, plan: Plan, example: Inputs, upcast: Upcast | None = None, recorded: Recorder | None = None
+) -> MaskedRun:
     """Runs the reference on the example; keeps its ``output`` and every operation."""
+    if recorded is not None:
+        dead = dead_labels(recorded.labels, plan)
+        replayed = MaskedRun(recorded.labels, recorded.stored, dead, upcast, recorded)
+        with contextlib.suppress(OtherOperationsError):  # code that looks at what it is given: it is recorded anew
+            return record(replayed, model, example, training=False)
     labels = Labels(plan.narrow_heads)
     stored = StoredTensors(labels, model)
     return record(MaskedRun(labels, stored, dead_labels(labels, plan), upcast), model, example, training=False)

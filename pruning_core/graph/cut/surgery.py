@@ -93,7 +93,8 @@ def slim_(
     if replicas:
         agree(model, "plan", json.dumps(plan.to_dict(), sort_keys=True))
     params = sum(parameter.numel() for parameter in model.parameters())
-    trace = masked_run(model, plan, example)
+    recorded = plan.recorded if example_inputs is None else None
+    trace = masked_run(model, plan, example, recorded=recorded)
     reference, tolerance = wanted(trace, plan.outputs_may_shrink), tolerance_of(trace.dtypes)
     before = Snapshot([model, *copies])
     try:
@@ -139,7 +140,7 @@ def _proved(model: nn.Module, plan: Plan, example: Inputs, dense: Snapshot) -> f
         dense.restore()
         try:
             with stored():
-                trace = masked_run(model, plan, example, upcast)
+                trace = masked_run(model, plan, example, upcast, plan.recorded)
                 reference = wanted(trace, plan.outputs_may_shrink)
         except CannotRunError:
             continue

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pruning_core.graph.inputs import leaves
 from pruning_core.graph.trace.labels import Axis, Labels, holds_any, unexpanded, varying
 from pruning_core.graph.trace.operations import FRESH, UNSTEADY
 from pruning_core.graph.trace.shadows import AxisLabels, Shadow, StoredTensors, as_activation
@@ -105,9 +106,9 @@ class ModulePath:
 class Recorder(TorchDispatchMode):
     """Follows the labels through one forward pass.
 
-    ``operations``: all that ran. ``consumers``: axes of weights that read channels. ``statistics``: those over
-    channels. ``costs``: multiply-adds. ``products``: sums of channels times channels. ``inputs``: the labels that each
-    module was first called with.
+    ``operations``: all that ran. ``outputs``: the shadows of what it gave. ``consumers``: axes of weights that read
+    channels. ``statistics``: those over channels. ``costs``: multiply-adds. ``products``: sums of channels times
+    channels. ``inputs``: the labels that each module was first called with.
     """
 
     path: ModulePath
@@ -131,6 +132,7 @@ class Recorder(TorchDispatchMode):
         self.dtypes: set[torch.dtype] = set()
         self.inputs: dict[str, Tensor] = {}
         self.output: Any = None
+        self.outputs: list[Shadow] = []
 
     def begin(self, rule_of: Callable[[Call], Any], path: ModulePath) -> None:
         """Starts a run; ``rule_of`` maps a call to its rule."""
@@ -197,9 +199,17 @@ class Recorder(TorchDispatchMode):
             for labels, because in found:
                 self.labels.freeze(labels, because)
 
-    def end(self, output: Tensor) -> None:
-        """Freezes what an output depends on and may not."""
-        self._freeze_changed(self._changed.get(output, []))
+    def end(self, output: Any, outputs_may_shrink: bool) -> None:
+        """Outputs keep their shape, so all channels in them are frozen, and so is what they depend on and may not."""
+        self.output = output
+        for leaf in leaves(output):
+            self._freeze_changed(self._changed.get(leaf, []))
+            shadow = self.shadow_of(leaf)
+            self.outputs.append(shadow)
+            if outputs_may_shrink and isinstance(shadow, Tensor):  # a parameter as an output is always frozen
+                self.labels.mark_removable(shadow)
+            else:
+                self.freeze(shadow, "is an output")
 
     def _constants(self, call: Call) -> tuple[tuple[int, float], ...]:
         """Numbers that came as tensors which no operation has made: what the code computed beside the model."""
@@ -347,6 +357,14 @@ class Operation:
     tensors: tuple[tuple[tuple[int, ...], Shadow], ...]
     constants: tuple[tuple[int, float], ...]
     """Which of its tensors were numbers, and what they were."""
+    given: int
+    """How many of ``tensors`` it took; the others it gave."""
+
+    def is_like(self, call: Call, tensors: list[Tensor]) -> bool:
+        """Whether a call is this one, with tensors of the same shapes."""
+        if call.name != self.name or call.where != self.where or len(tensors) != self.given:
+            return False
+        return all(tuple(each.shape) == shape for each, (shape, _) in zip(tensors, self.tensors, strict=False))
 
     @classmethod
     def of(cls, call: Call, result: Any, shadow: Any, constants: tuple[tuple[int, float], ...]) -> Operation:
@@ -354,9 +372,10 @@ class Operation:
         given = shadow if isinstance(shadow, (tuple, list)) else [shadow]
         results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         known = [(tuple(each.shape), call.shadows[id(each)]) for each in call.tensors()]
+        count = len(known)
         if len(given) == len(results):
             known += [(tuple(each.shape), of_it) for each, of_it in zip(results, given, strict=True)]
-        return cls(call.name, call.where, call.numbers(), shapes_of(result), shadow, tuple(known), constants)
+        return cls(call.name, call.where, call.numbers(), shapes_of(result), shadow, tuple(known), constants, count)
 
 
 def _fits(result: Any, shadow: Any) -> bool:
