@@ -24,6 +24,7 @@ from pruning_core.graph.trace.activations import mean_activations
 from pruning_core.graph.trace.labels import Axis, Labels
 from pruning_core.graph.trace.modules import tie_modules
 from pruning_core.graph.trace.recorder import Recorder
+from pruning_core.graph.trace.replay import trains_alike
 from pruning_core.graph.trace.run import record
 from pruning_core.graph.trace.shadows import StoredTensors
 from pruning_core.graph.wrappers import refuse_unready, unwrapped
@@ -48,7 +49,7 @@ class ChannelGraph(Coupling):
         super().__init__(traces[0].labels, traces)
         self.model, self.example, self.stored = model, example, traces[0].stored
         self.notes, self.outputs_may_shrink = notes, outputs_may_shrink
-        self._cut = TrialCuts(model, traces[0])
+        self._cut = TrialCuts(model, example, traces[0])
         self.traced = digest(model)
         self.parameters = frozenset(name for name, _ in model.named_parameters())
         self.consumers = frozenset(axis for trace in traces for axis in trace.consumers)
@@ -94,7 +95,8 @@ class ChannelGraph(Coupling):
         notes: list[str] = []
         try:
             inputs = example if train_inputs is None else as_inputs(train_inputs)
-            traces.append(record(Recorder(labels, stored), model, inputs, training=True, outputs_may_shrink=may))
+            if train_inputs is not None or not trains_alike(model, inputs, traces[0]):
+                traces.append(record(Recorder(labels, stored), model, inputs, training=True, outputs_may_shrink=may))
         except GraphError as error:
             if train_inputs is not None:
                 raise
@@ -107,7 +109,7 @@ class ChannelGraph(Coupling):
 
     def _attempt(self, removed: Removed, numbers: bool = True) -> None:
         """Cuts a copy; GraphError where the cut cannot be followed, or computes something else."""
-        self._cut(self.plan(self.restored(removed)), self.example, numbers)
+        self._cut(self.plan(self.restored(removed)), numbers)
 
     # ---- what there is ----------------------------------------------------------------------------------------------
 

@@ -71,7 +71,7 @@ def test_a_wrong_cut_behind_a_branch_that_is_switched_off_is_refused_in_a_trial(
     plan = ChannelGraph.trace(net(Scaled(nn.Identity(), strength, size)), IMAGE).plan({"0.weight:0": [1, 2, 5, 9, 14]})
     assert slim_(shared_copy(model), plan, example_inputs=IMAGE).difference <= 1e-6
     with pytest.raises(GraphError, match="does not compute what the masked one does"):
-        TrialCuts(model)(plan, as_inputs(IMAGE))
+        TrialCuts(model, as_inputs(IMAGE))(plan)
 
 
 def test_a_wrong_cut_deep_under_layers_that_shrink_the_signal_is_refused_in_a_trial():
@@ -83,7 +83,7 @@ def test_a_wrong_cut_deep_under_layers_that_shrink_the_signal_is_refused_in_a_tr
     model, plan = net(AcrossChannels(), tail()), wrong_plan(tail())
     assert slim_(shared_copy(model), plan, example_inputs=IMAGE).difference <= 1e-6
     with pytest.raises(GraphError, match="does not compute what the masked one does"):
-        TrialCuts(model)(plan, as_inputs(IMAGE))
+        TrialCuts(model, as_inputs(IMAGE))(plan)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -91,8 +91,8 @@ def test_a_wrong_cut_deep_under_layers_that_shrink_the_signal_is_refused_in_a_tr
 def test_right_cuts_pass_the_strictest_trial(dtype, image):
     model = net(nn.BatchNorm2d(16)).to(dtype)
     graph = ChannelGraph.trace(model, image.to(dtype))
-    trials = TrialCuts(model)
-    trials(graph.plan({"0.weight:0": [0, 3, 4]}), as_inputs(image.to(dtype)))
+    trials = TrialCuts(model, as_inputs(image.to(dtype)))
+    trials(graph.plan({"0.weight:0": [0, 3, 4]}))
     assert trials.ways == list(WAYS)
 
 
@@ -128,10 +128,10 @@ def test_cells_that_compare_dtypes_are_proved_with_stored_weights_in_float64(dty
     model = Cells().to(dtype)
     series = SERIES.to(dtype)
     graph = ChannelGraph.trace(model, series)
-    trials = TrialCuts(model)
+    trials = TrialCuts(model, as_inputs(series))
     plan = graph.plan({name: [0, 3, 4] for name in graph.groups})
     assert len(plan.channels) == 2
-    trials(plan, as_inputs(series))
+    trials(plan)
     assert trials.ways[0] == Way(lively=True, stored=True)
     done = slim_(model, plan)
     assert {each.dtype for each in model.parameters()} == {dtype}
@@ -254,10 +254,10 @@ class Remembers(nn.Module):
 @pytest.mark.parametrize(("buffer", "way"), [(True, Way(lively=True, stored=True)), (False, Way(upcast=False))])
 def test_what_is_rounded_on_the_way_proves_nothing(buffer, way):
     model = Remembers(buffer)
-    trials = TrialCuts(model)
+    trials = TrialCuts(model, as_inputs(SERIES))
     graph = ChannelGraph.trace(model, SERIES)
     plan = graph.plan({"first.weight:0": [0]})
-    trials(plan, as_inputs(SERIES))
+    trials(plan)
     assert trials.ways[0] == way
 
 

@@ -22,6 +22,7 @@ from pruning_core.graph.errors import CannotRunError, GraphError
 from pruning_core.graph.inputs import Inputs
 from pruning_core.graph.plan import Plan, named_tensors
 from pruning_core.graph.trace.recorder import Recorder
+from pruning_core.graph.trace.replay import smaller
 from pruning_core.graph.trace.upcast import Upcast, in_double, stored_in_double
 
 
@@ -42,18 +43,23 @@ class TrialCuts:
     """Cuts a copy of the model for one plan after another; GraphError where its code does not follow the cut, or where
     the cut copy computes something else than the masked one."""
 
-    def __init__(self, model: nn.Module, recorded: Recorder | None = None) -> None:
-        self.model, self.recorded, self.ways = model, recorded, list(WAYS)
+    def __init__(self, model: nn.Module, example: Inputs, recorded: Recorder | None = None) -> None:
+        self.model, self.example, self.recorded, self.ways = model, example, recorded, list(WAYS)
+        self._tried = False
 
-    def __call__(self, plan: Plan, example: Inputs, numbers: bool = True) -> None:
+    def __call__(self, plan: Plan, numbers: bool = True) -> None:
         """Without ``numbers`` shapes alone are compared, with the recorded run, as long as they do not depend on what
         was cut (which experts are chosen)."""
+        if self.recorded is not None and not self._tried:
+            self._tried = True
+            small = smaller(self.model, self.example, self.recorded)
+            self.example, self.recorded = small or (self.example, self.recorded)
         if not numbers and self.recorded is not None:
             with contextlib.suppress(GraphError):
-                return _cut_shapes(self.model, plan, example, self.recorded)
+                return _cut_shapes(self.model, plan, self.example, self.recorded)
         while True:
             try:
-                return _cut(self.model, plan, example, self.ways[0], self.recorded)
+                return _cut(self.model, plan, self.example, self.ways[0], self.recorded)
             except CannotRunError:
                 if len(self.ways) == 1:
                     raise

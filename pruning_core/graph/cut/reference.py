@@ -7,7 +7,6 @@ model and reference are equal for any activation, bias, norm, gate and padding i
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,19 +25,16 @@ from pruning_core.graph.trace.operations import (
     LAST_DIM_NORMS,
     SCANS,
     STATISTICS,
-    UNSTEADY,
 )
-from pruning_core.graph.trace.recorder import Call, Recorder, arguments_of, shapes_of
+from pruning_core.graph.trace.recorder import Call, Recorder
+from pruning_core.graph.trace.replay import Replay
 from pruning_core.graph.trace.run import record
 from pruning_core.graph.trace.shadows import AxisLabels, Shadow, StoredTensors
-from pruning_core.graph.trace.upcast import Upcast
+from pruning_core.graph.trace.upcast import WEIGHTED, Upcast
 
 
-class MaskedRun(Recorder):
-    """Runs the dense model as if the labels in ``dead`` (bool per label) were gone; in float64 with an ``upcast``.
-
-    ``recorded``: a run on the same inputs, whose labels are taken as long as the operations are the same.
-    """
+class MaskedRun(Replay):
+    """Runs the dense model as if the labels in ``dead`` (bool per label) were gone; in float64 with an ``upcast``."""
 
     def __init__(
         self,
@@ -48,40 +44,8 @@ class MaskedRun(Recorder):
         upcast: Upcast | None = None,
         recorded: Recorder | None = None,
     ) -> None:
-        super().__init__(labels, stored)
-        self.dead, self.upcast, self.recorded = dead, upcast, recorded
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.recorded is None:
-            return super().__torch_dispatch__(func, types, args, kwargs)
-        call = Call(func, arguments_of(func, args, kwargs or {}), self.path.now)
-        if call.name in UNSTEADY:
-            return self._run(call, args, kwargs or {})
-        at, tensors = len(self.operations), call.tensors()
-        known = self.recorded.operations[at] if at < len(self.recorded.operations) else None
-        if known is None or not known.is_like(call, tensors):
-            raise OtherOperationsError
-        call.shadows = {id(each): shadow for each, (_, shadow) in zip(tensors, known.tensors, strict=False)}
-        result = self.execute(call, args, kwargs or {})
-        if shapes_of(result) != known.shapes:
-            raise OtherOperationsError
-        self.dtypes.update(leaf.dtype for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
-        numbers, constants = call.numbers(), tuple((i, float(tensors[i].item())) for i, _ in known.constants)
-        same = numbers == known.numbers and constants == known.constants
-        self.operations.append(known if same else replace(known, numbers=numbers, constants=constants))
-        return result
-
-    def entered(self, path: str, tensors: list[Tensor]) -> None:
-        if self.recorded is None:
-            super().entered(path, tensors)
-
-    def end(self, output: Any, outputs_may_shrink: bool) -> None:
-        if self.recorded is None:
-            super().end(output, outputs_may_shrink)
-        elif len(self.operations) != len(self.recorded.operations):
-            raise OtherOperationsError
-        else:
-            self.output, self.outputs = output, self.recorded.outputs
+        super().__init__(labels, stored, recorded)
+        self.dead, self.upcast = dead, upcast
 
     def execute(self, call: Call, args: Any, kwargs: Any) -> Any:
         if call.name in LAST_DIM_NORMS and self._gone(call, "input", -1) is not None:
@@ -96,7 +60,14 @@ class MaskedRun(Recorder):
             return self._weight_standardized(call)
         if call.name not in CONSUMERS:
             return self._run(call, args, kwargs)
-        masked = {id(each): self._masked(each, call.shadows.get(id(each))) for each in call.tensors()}
+        shadows = {id(each): call.shadows.get(id(each)) for each in call.tensors()}
+        known = any(isinstance(each, Tensor) for each in shadows.values())
+        zeros = known and call.name in WEIGHTED  # are what a weight multiplies: it can stay as it is
+        masked = {
+            id(each): self._masked(each, shadows[id(each)])
+            for each in call.tensors()
+            if not zeros or isinstance(shadows[id(each)], Tensor)
+        }
         args, kwargs = pytree.tree_map_only(Tensor, lambda each: masked.get(id(each), each), (args, kwargs))
         return self._run(call, args, kwargs)
 

@@ -33,8 +33,8 @@ WEIGHTED = frozenset(
 )
 LOUD = (0.1, 10.0)
 """The spread that a weighted operation's result may have in a trial; beyond it the weight is rescaled."""
-ENOUGH = 1000
-"""So many positions say how far a result varies."""
+ENOUGH = 200
+"""So many positions and channels say how far a result varies."""
 SILENT = 1e-6
 """Less may be rounding alone (of what a norm made of a constant), which must not be amplified."""
 
@@ -81,11 +81,12 @@ class Upcast:
             return result if views else pytree.tree_map_only(Tensor, _double, result)
 
         result = again()
-        if len(weights) == 1 and func.overloadpacket.__name__ in WEIGHTED:
-            spread = _spread(result, func.overloadpacket.__name__)
+        name = func.overloadpacket.__name__
+        if len(weights) == 1 and name in WEIGHTED:
+            spread = _spread(result, name)
             if spread > SILENT and not LOUD[0] <= spread <= LOUD[1]:
                 self.scales[weights[0]] = 1 / spread
-                result = again()
+                result = _rescaled(result, name, {argument.name: value for argument, value in given}, 1 / spread)
         return result
 
     def _converted(self, argument: Any, value: Any, low: Tensor | None) -> Any:
@@ -167,12 +168,23 @@ def _names_by_memory(model: nn.Module) -> dict[int, str]:
     return {memory: found[0] for memory, found in names.items() if len(found) == 1}
 
 
+def _rescaled(result: Tensor, operation: str, given: dict[str, Any], scale: float) -> Tensor:
+    """What a scaled weight gives: the operation is linear in it, but for what it adds."""
+    added = given.get("self" if operation in ("addmm", "baddbmm") else "bias")
+    if not isinstance(added, Tensor):
+        return result * scale
+    if "conv" in operation:
+        added = added.view(-1, *[1] * (given["weight"].dim() - 2))
+    added = _double(added).to(result.dtype) * given.get("beta", 1)
+    return (result - added) * scale + added
+
+
 def _spread(result: Any, operation: str) -> float:
     """The standard deviation of each channel over positions; of all numbers where there are few positions."""
     if not isinstance(result, Tensor) or not result.is_floating_point() or result.numel() < 2:
         return 0.0
     channels = 1 if "conv" in operation and result.dim() > 2 else -1
     lines = result.movedim(channels, -1).reshape(-1, result.shape[channels])
-    lines = lines[:: max(1, len(lines) // ENOUGH)]
+    lines = lines[:: max(1, len(lines) // ENOUGH), :: max(1, lines.shape[1] // ENOUGH)]
     spread = lines.var(0).mean().sqrt() if len(lines) >= 4 else result.std()
     return float(spread) if bool(spread.isfinite()) else 0.0
