@@ -17,7 +17,7 @@ from pruning_core.criteria import CRITERIA
 from pruning_core.graph import ChannelGraph, GraphError, Plan, slim_
 from pruning_core.latency import relative_latency
 
-GIVE_BACK = 200
+GIVE_BACK = 50
 BUDGETS = ("channels", "params", "macs", "latency")
 Removed = dict[str, list[int]]
 

@@ -18,7 +18,7 @@ from pruning_core.graph.couple.trial import prove
 from pruning_core.graph.cut.copies import TrialCuts
 from pruning_core.graph.cut.difference import numbers_of
 from pruning_core.graph.errors import GraphError
-from pruning_core.graph.inputs import Inputs, as_inputs, leaves
+from pruning_core.graph.inputs import Inputs, as_inputs, leaves, without_collection
 from pruning_core.graph.plan import Plan, digest
 from pruning_core.graph.trace.activations import mean_activations
 from pruning_core.graph.trace.labels import Axis, Labels
@@ -55,6 +55,7 @@ class ChannelGraph(Coupling):
         self.consumers = frozenset(axis for trace in traces for axis in trace.consumers)
 
     @classmethod
+    @without_collection()
     def trace(
         cls,
         model: nn.Module,

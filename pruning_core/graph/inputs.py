@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -77,6 +78,18 @@ def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
             _restore(module, before, buffers)
         for module, mode in modes:
             module.training = mode
+
+
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """Python's garbage collector waits: one pass over all that a process has imported takes as long as a model's."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def put(tensor: Tensor, data: Tensor) -> None:

@@ -21,7 +21,7 @@ from pruning_core.graph.cut.reference import masked_run
 from pruning_core.graph.cut.slicing import check_optimizers, cut_optimizer, cut_parameters
 from pruning_core.graph.cut.structure import remember
 from pruning_core.graph.errors import CannotRunError, GraphError
-from pruning_core.graph.inputs import Inputs, as_inputs, put
+from pruning_core.graph.inputs import Inputs, as_inputs, put, without_collection
 from pruning_core.graph.plan import Plan, named_tensors
 from pruning_core.graph.trace.upcast import Upcast, in_double, stored_in_double
 from pruning_core.graph.wrappers import agree, refuse_unready, renew, replicas_of, unwrapped
@@ -57,6 +57,7 @@ class Slimmed:
         return f"{self.params_before:,} -> {self.params_after:,} parameters ({share:.1%}); {checked}"
 
 
+@without_collection()
 def slim_(
     model: nn.Module,
     plan: Plan,
