@@ -15,6 +15,7 @@ from pruning_core.channels.options import GroupLimits, read_options
 from pruning_core.channels.scores import Data, ToLoss, unit_scores
 from pruning_core.criteria import CRITERIA
 from pruning_core.graph import ChannelGraph, GraphError, Plan, slim_
+from pruning_core.graph.inputs import without_collection
 from pruning_core.latency import relative_latency
 
 GIVE_BACK = 50
@@ -22,6 +23,7 @@ BUDGETS = ("channels", "params", "macs", "latency")
 Removed = dict[str, list[int]]
 
 
+@without_collection()
 def plan_channels(
     graph: ChannelGraph,
     budget: Mapping[str, float],
