@@ -21,5 +21,9 @@ class CannotFollowError(GraphError):
         self.operation = operation
 
 
+class RoundedError(CannotRunError):
+    """A run in float64 writes into tensors of lower precision."""
+
+
 class OtherOperationsError(Exception):
     """A run is not the one that was recorded."""

@@ -18,7 +18,7 @@ from pruning_core.graph.cut.difference import IN_FLOAT64, tolerance_of, wanted
 from pruning_core.graph.cut.follow import follow
 from pruning_core.graph.cut.reference import masked_run, recorded_run
 from pruning_core.graph.cut.slicing import cut_parameters
-from pruning_core.graph.errors import CannotRunError, GraphError
+from pruning_core.graph.errors import CannotRunError, GraphError, RoundedError
 from pruning_core.graph.inputs import Inputs
 from pruning_core.graph.plan import Plan, named_tensors
 from pruning_core.graph.trace.recorder import Recorder
@@ -60,10 +60,12 @@ class TrialCuts:
         while True:
             try:
                 return _cut(self.model, plan, self.example, self.ways[0], self.recorded)
-            except CannotRunError:
+            except CannotRunError as error:
                 if len(self.ways) == 1:
                     raise
-                del self.ways[0]
+                failed = self.ways.pop(0)
+                if isinstance(error, RoundedError):  # whatever the weights are
+                    self.ways = [each for each in self.ways if not each.upcast or each.stored != failed.stored]
 
 
 def _cut_shapes(model: nn.Module, plan: Plan, example: Inputs, recorded: Recorder) -> None:
@@ -86,7 +88,7 @@ def _cut(model: nn.Module, plan: Plan, example: Inputs, way: Way, recorded: Reco
         trace = masked_run(trial, plan, example, upcast, recorded)
         reference = wanted(trace, plan.outputs_may_shrink)
         if upcast is not None and upcast.rounded:
-            raise CannotRunError("example_inputs: what they give is rounded on the way")
+            raise RoundedError("example_inputs: what they give is rounded on the way")
         cut_parameters(trial, plan)
         attributes = Attributes(trial)
         attributes.follow_parameters()
