@@ -36,7 +36,7 @@ from benchmarks.zoo_models import FAMILIES, SEED, entries
 from pruning_core.report import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL_FIRST = ("nets", "segmentation", "ultralytics", "transformers", "detection", "classification")
+SMALL_FIRST = ("nets", "handwritten", "segmentation", "ultralytics", "transformers", "detection", "classification")
 BARS = {"classification": 80, "segmentation": 6, "detection": 12, "ultralytics": 10, "transformers": 23}
 LARGEST = ("regnet_y_128gf", "vit_h_14", "vit_l_32", "vit_l_16", "convnext_large")
 PACKAGES = ("torch", "torchvision", "transformers", "ultralytics", "torch-pruning")

@@ -168,6 +168,7 @@ def _detector_train_example(name: str) -> Example:
 YOLO_NAMES = (
     *("yolov5n", "yolov5s", "yolov8n", "yolov8s", "yolov9t", "yolov10n", "yolo11n", "yolo12n"),
     *("yolov8n-seg", "yolov8n-cls"),
+    *("yolo26n", "yolo26n-seg", "yolo26n-pose", "yolo26n-obb", "yolo26n-cls"),
 )
 
 
@@ -178,7 +179,10 @@ def _ultralytics() -> list[Row]:
 def _yolo(name: str) -> nn.Module:
     from apps.yolov5.ultralytics_adapter import tasks
 
-    kinds = {"seg": tasks.SegmentationModel, "cls": tasks.ClassificationModel}
+    kinds = {
+        **{"seg": tasks.SegmentationModel, "cls": tasks.ClassificationModel},
+        **{"pose": tasks.PoseModel, "obb": tasks.OBBModel},
+    }
     kind = kinds.get(name.rpartition("-")[2], tasks.DetectionModel)
     return kind(f"{name}.yaml", ch=3, nc=80, verbose=False)
 
@@ -228,6 +232,9 @@ TRANSFORMERS: dict[str, tuple[dict[str, Any], Callable[[], Example]]] = {
     "GPT2LMHeadModel": ({"n_embd": 128, "n_layer": 2, "n_head": 4, **_VOCABULARY, **_SPECIAL}, _causal_example),
     "LlamaForCausalLM": ({**_TEXT, "num_key_value_heads": 2}, _causal_example),
     "Qwen2ForCausalLM": ({**_TEXT, "num_key_value_heads": 2}, _causal_example),
+    "Qwen3ForCausalLM": ({**_TEXT, "num_key_value_heads": 2, "head_dim": 32}, _causal_example),
+    "Gemma3ForCausalLM": ({**_TEXT, "num_key_value_heads": 2, "head_dim": 32}, _causal_example),
+    "ModernBertModel": ({**_TEXT, **_SPECIAL, "cls_token_id": 1, "sep_token_id": 2}, _text_example),
     "MixtralForCausalLM": ({**_TEXT, "num_key_value_heads": 2, "num_local_experts": 4}, _causal_example),
     "OPTForCausalLM": ({**_TEXT, "ffn_dim": 256, "word_embed_proj_dim": 128}, _causal_example),
     "T5ForConditionalGeneration": (
@@ -245,6 +252,8 @@ TRANSFORMERS: dict[str, tuple[dict[str, Any], Callable[[], Example]]] = {
     "SegformerModel": ({"hidden_sizes": [32, 64, 128, 256]}, _pixel_example),
     "ResNetForImageClassification": (_STAGES, _pixel_example),
     "CLIPVisionModel": (_PATCHES, _pixel_example),
+    "Dinov2Model": (_PATCHES, _pixel_example),
+    "SiglipVisionModel": (_PATCHES, _pixel_example),
     "Wav2Vec2Model": ({**_BLOCKS, **_SPEECH}, _wave_example),
     "WhisperModel": ({**_TWO_STACKS, "num_mel_bins": 80, "max_source_positions": 100}, _spectrum_example),
 }
@@ -269,8 +278,14 @@ def _nets() -> list[Row]:
     return [(name, build, partial(_net_example, inputs)) for name, (build, inputs) in nets.items()]
 
 
-def _net_example(inputs: Callable[[], Tensor]) -> Example:
-    return (inputs(),), {}
+def _handwritten() -> list[Row]:
+    nets = importlib.import_module("tests.support.nets.handwritten").HANDWRITTEN
+    return [(name, build, partial(_net_example, inputs)) for name, (build, inputs, _) in nets.items()]
+
+
+def _net_example(inputs: Callable[[], Any]) -> Example:
+    given = inputs()
+    return (given if isinstance(given, tuple) else (given,)), {}
 
 
 FAMILIES: dict[str, Callable[[], list[Row]]] = {
@@ -280,6 +295,7 @@ FAMILIES: dict[str, Callable[[], list[Row]]] = {
     "ultralytics": _ultralytics,
     "transformers": _transformers,
     "nets": _nets,
+    "handwritten": _handwritten,
 }
 
 

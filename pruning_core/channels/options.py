@@ -103,7 +103,7 @@ class GroupLimits:
 
     def rounded(self, group: ChannelGroup, count: int) -> int:
         """The largest number not above ``count`` that leaves a multiple of ``round_to``, in rows of the first axis."""
-        rows = len(group.slices[0][group.axes[0]])
+        rows = group.rows(group.axes[0])
         least, most = self.bounds(group)
         count = min(max(count, least), most)
         while count and ((len(group) - count) * rows) % self.round_to:

@@ -104,7 +104,7 @@ def _consumers(graph: ChannelGraph, group: ChannelGroup) -> list[Axis]:
 def _width(graph: ChannelGraph, group: ChannelGroup) -> int:
     """How many inputs of its first consumer one unit takes: 1 for a channel, more for a head; 0 without a consumer."""
     consumers = _consumers(graph, group)
-    return len(group.slices[0][consumers[0]]) if consumers else 0
+    return group.rows(consumers[0]) if consumers else 0
 
 
 def _readers(graph: ChannelGraph, heads: bool) -> dict[int, list[str]]:

@@ -37,6 +37,10 @@ class ChannelGroup:
         """``members`` as an array."""
         return np.array(self.members)
 
+    def rows(self, axis: Axis) -> int:
+        """How many indices of an axis one channel has."""
+        return int((self.units[axis] == self.members[0]).sum())
+
     @cached_property
     def slices(self) -> tuple[dict[Axis, tuple[int, ...]], ...]:
         """The indices of each channel, by axis."""
