@@ -72,10 +72,11 @@ class ChannelGraph(Coupling):
         pass in training mode, where it takes something else. ``outputs_may_shrink``: channels of outputs are not
         frozen. ``narrow_heads``: attention keeps its heads and loses channels of each.
 
-        Cost: a forward pass in evaluation and one in training mode; then the trial in float64 on a copy that shares the
-        model's memory but for what is cut: two cuts of a masked pass and a cut pass each, six passes in all, and one to
-        three more for each size that the code keeps in its own way. ``trial=False`` spares the copy and its passes;
-        then groups are listed that the code may not follow, and ``slim_`` finds out.
+        Cost: a forward pass in evaluation and one in training mode; then the trial on a copy that shares the model's
+        memory but for what is cut, a masked and a cut pass in float64 (on smaller inputs where the model does the same
+        on them) and a cut pass that is compared in shapes alone; and one to three more for each size that the code
+        keeps in its own way. ``trial=False`` spares the copy and its passes; then groups are listed that the code may
+        not follow, and ``slim_`` finds out.
         """
         model = unwrapped(model)
         refuse_unready(model)
