@@ -14,6 +14,14 @@ from pruning_core.criteria import Criterion, fold_lines
 from pruning_core.graph import ChannelGraph
 from pruning_core.graph.trace.labels import Axis
 
+FORWARDS = frozenset(
+    kind.forward
+    for kind in (
+        *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    )
+)
+
 
 class Effects:
     """Sums ``w g`` over all that reads a unit: by example where a convolution or a linear layer reads it, whose input
@@ -94,6 +102,8 @@ def _reader(graph: ChannelGraph, axis: Axis) -> tuple[nn.Module, int] | None:
     path, _, name = axis.tensor.rpartition(".")
     module = graph.model.get_submodule(path)
     if name != "weight" or module._parameters.get("weight") is not graph.stored.names[axis.tensor]:
+        return None
+    if type(module).forward not in FORWARDS:  # of a subclass the input may be something else
         return None
     if isinstance(module, nn.Linear) and axis.dim == 1:
         return module, -1

@@ -60,6 +60,10 @@ def unit_scores(graph: ChannelGraph, criterion: Criterion, data: Data) -> dict[i
         scores.update({unit: float(value / mean) for unit, value in zip(members, raw, strict=True)})
     if not all(np.isfinite(list(scores.values()))):
         raise GraphError(NOT_FINITE)
+    if scores and not any(scores.values()) and criterion.needs_gradient:
+        raise GraphError(
+            "criterion: all gradients are zero, got a loss that no channel changes; give the training loss"
+        )
     return scores
 
 

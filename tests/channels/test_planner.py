@@ -211,7 +211,15 @@ READERS = {
     "twice": (lambda: Twice(12), False),
     "frozen": (lambda: nn.Linear(12, 5).requires_grad_(False), False),
     "keyword": (lambda: Keyword(12), False),
+    "other keyword": (lambda: OtherKeyword(12), False),
 }
+
+
+class OtherName(nn.Linear):
+    """As in some libraries: its own forward, with an argument of another name."""
+
+    def forward(self, hidden_states):
+        return super().forward(hidden_states)
 
 
 class Twice(nn.Module):
@@ -226,6 +234,15 @@ class Twice(nn.Module):
 class Keyword(Twice):
     def forward(self, x):
         return self.layer(input=x)
+
+
+class OtherKeyword(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.layer = OtherName(width, 5)
+
+    def forward(self, x):
+        return self.layer(hidden_states=x)
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -246,7 +263,7 @@ def test_whatever_reads_channels_says_how_the_loss_of_each_example_changes(name)
 
     x = torch.randn(6, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     model = Tokens().double()
-    single = name in ("grouped convolution", "gpt2")  # read from the weight, of a batch as a whole
+    single = name in ("grouped convolution", "gpt2", "other keyword")  # read from the weight, of a batch as a whole
     batches = [each[None] for each in x] if single else [x[:4], x[4:]]
     found = {}
     graph = ChannelGraph.trace(model, x[:1])

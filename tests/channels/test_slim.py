@@ -213,6 +213,10 @@ ONES = torch.ones(2, 3)
             {"criterion": "taylor", "batches": [ONES], "to_loss": lambda model, batch: 3.0},
         ),
         (
+            r"criterion: all gradients are zero, got a loss that no channel changes; give the training loss",
+            {"batches": [ONES], "to_loss": lambda model, batch: model(batch).sum() * 0},
+        ),
+        (
             r"to_loss: must return a tensor that depends on the model, got a tensor without a gradient",
             {"criterion": "fisher", "batches": [ONES], "to_loss": lambda model, batch: model(batch).detach()},
         ),

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pruning_core.graph.inputs import leaves
-from pruning_core.graph.trace.labels import Axis, Labels, holds_any, unexpanded, varying
+from pruning_core.graph.trace.labels import NONE, Axis, Labels, holds_any, unexpanded, varies, varying
 from pruning_core.graph.trace.operations import FRESH, UNSTEADY
 from pruning_core.graph.trace.shadows import AxisLabels, Shadow, StoredTensors, as_activation
 
@@ -248,6 +248,15 @@ class Recorder(TorchDispatchMode):
     def is_buffer(self, labels: Tensor) -> bool:
         """Whether labels lie in the memory of a fresh tensor."""
         return labels.untyped_storage().data_ptr() in self._buffers
+
+    def filled(self, labels: Tensor) -> None:
+        """Where a fresh tensor got channels in some rows, its other rows, which keep their constant, have them too."""
+        whole = self._buffers[labels.untyped_storage().data_ptr()]
+        for dim in range(whole.dim()):
+            line = whole.amax(dim, keepdim=True)
+            elsewhere = any(varies(line, other) for other in range(whole.dim()) if other != dim)
+            if elsewhere and bool(((whole == NONE) | (whole == line)).all()):
+                whole.copy_(line.expand(whole.shape))
 
     def consume(self, source: Tensor, taken: Tensor) -> None:
         """Ties an axis of a weight to the channels it consumes; freezes them where the weight has a fixed size."""

@@ -388,6 +388,23 @@ class ComplexRotary(nn.Module):
         return self.head(x + self.wo(seen.transpose(1, 2).contiguous().view(batch, length, -1)))
 
 
+@net(0.1, lambda: _random(2, 2, 16))
+class FourierOperator(nn.Module):
+    """A Fourier neural operator: a complex weight for each of the lowest frequencies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.out, self.width = nn.Conv1d(2, 16, 1), nn.Conv1d(16, 2, 1), 16
+        self.weight = nn.Parameter(0.1 * torch.complex(_random(16, 16, 5), _random(16, 16, 5).flip(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        waves = torch.fft.rfft(x)
+        out = torch.zeros(len(x), self.width, waves.shape[-1], dtype=waves.dtype)
+        out[..., :5] = torch.einsum("bix,iox->box", waves[..., :5], self.weight)
+        return self.out(torch.fft.irfft(out, n=x.shape[-1]) + x)
+
+
 # ---- experts --------------------------------------------------------------------------------------------------------
 
 

@@ -197,7 +197,9 @@ def write(trace: Recorder, call: Call) -> Any:
         run = {**call.arguments, "self": target}
         run.update({name: labels for name in ("source", "src", "values") if call[name] is source})
         run = {key: value for key, value in run.items() if key != "non_blocking"}
-        return target.copy_(labels) if call.name == "copy_" else call.func(**run)
+        written = target.copy_(labels) if call.name == "copy_" else call.func(**run)
+        trace.filled(target)
+        return written
     if call.name == "copy_":
         trace.labels.tie_where_both(target, labels.expand(target.shape))
         return target

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruning_core.graph.trace.labels import compact, varies, varying
+from pruning_core.graph.trace.labels import NONE, compact, varies, varying
 from pruning_core.graph.trace.operations import SCANS, STATISTICS
 from pruning_core.graph.trace.recorder import Call, Recorder, Statistic
 from pruning_core.graph.trace.rules.elementwise import pointwise
@@ -56,6 +56,21 @@ def _pool(spatial: int) -> Any:
 
 for _spatial, _names in POOLS.items():
     rule(*_names.split())(_pool(_spatial))
+
+
+@rule(
+    *(f"fft_{kind}{dims}" for kind in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft") for dims in ("", "2", "n")),
+)
+def fourier(trace: Recorder, call: Call) -> Any:
+    """A Fourier transform over positions, of which some may be zeros that the code has added; over channels it freezes
+    them."""
+    labels = trace.activation(call, "self")
+    dims = _dims(call, labels.dim())
+    line = labels.amax(dims, keepdim=True)
+    if bool(((labels != NONE) & (labels != line)).any()):
+        trace.labels.freeze(labels, "a Fourier transform over channels")
+        return None
+    return compact(line.expand(call.result.shape))
 
 
 @rule(*SCANS)
