@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pruning_core.graph.couple.groups import Coupling, Removed
-from pruning_core.graph.cut.compare import along_range, positions
 from pruning_core.graph.errors import CannotFollowError, GraphError
 from pruning_core.graph.trace.labels import compact, holds_any, unexpanded, varies, varying
-from pruning_core.graph.trace.operations import RANGES, SIZED
+from pruning_core.graph.trace.operations import SIZED
+from pruning_core.graph.trace.ranges import RANGES, along_range, positions
 from pruning_core.graph.trace.recorder import Operation, Recorder
 
 ROUNDS = 60

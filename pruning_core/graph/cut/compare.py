@@ -15,10 +15,10 @@ from pruning_core.graph.cut.reference import MaskedRun
 from pruning_core.graph.errors import GraphError
 from pruning_core.graph.inputs import Inputs, leaves, untouched
 from pruning_core.graph.trace import draws
-from pruning_core.graph.trace.labels import holds_any, left, varying
-from pruning_core.graph.trace.operations import RANGES, SIZED, UNSTEADY
+from pruning_core.graph.trace.labels import holds_any, left
+from pruning_core.graph.trace.operations import SIZED, UNSTEADY
+from pruning_core.graph.trace.ranges import RANGES, along_range, positions
 from pruning_core.graph.trace.recorder import Call, ModulePath, Numbers, Operation, arguments_of, number_in, shapes_of
-from pruning_core.graph.trace.shadows import AxisLabels
 from pruning_core.graph.trace.upcast import Upcast
 
 
@@ -133,28 +133,6 @@ def _same_range(operation: Operation, call: Call, dead: Tensor) -> bool:
         return True  # the shapes say more
     before = set(positions(operation, operation.numbers, len(line)))
     return [kept[at] for at in positions(operation, call.numbers(), len(kept))] == [at for at in kept if at in before]
-
-
-def along_range(operation: Operation) -> Tensor | None:
-    """The labels along the dimension that a range is taken of; None where it has none of its own."""
-    shape, shadow = operation.tensors[0]
-    if len(operation.numbers) != RANGES.get(operation.name):
-        return None
-    dim = int(operation.numbers[0]) % len(shape)
-    if isinstance(shadow, AxisLabels):
-        return shadow.axes[dim]
-    if shadow is None or varying(shadow) != [dim]:
-        return None
-    return shadow.movedim(dim, -1).reshape(-1, shape[dim])[0]
-
-
-def positions(operation: Operation, numbers: Numbers, size: int) -> range:
-    """Which indices of a dimension ``slice``, ``narrow`` or ``select`` takes, by its numbers."""
-    start, *more = (int(each) for each in numbers[1:])
-    if operation.name == "slice":
-        return range(size)[slice(start, *more)]
-    first = start % max(size, 1)
-    return range(first, first + (more[0] if more else 1))
 
 
 def _constants_fit(operation: Operation, tensors: list[Tensor]) -> bool:

@@ -37,9 +37,6 @@ SIZED = frozenset(
 )
 """Take sizes as numbers: these may change with a cut, by any amount."""
 
-RANGES = {"slice": 4, "narrow": 3, "select": 2}
-"""Take a range of a dimension by so many numbers, the dimension among them."""
-
 UNSTEADY = frozenset(["contiguous"])
 """Runs only where a tensor is not contiguous, which a cut may change."""
 
