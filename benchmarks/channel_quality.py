@@ -34,7 +34,6 @@ TRAIN, SIZE, NOISE, BATCH = 1200, 16, 0.3, 64
 DENSE_EPOCHS, EPOCHS, RATES = 10, 3, (1.5e-3, 5e-4)
 SHARES = (0.5, 0.25)
 CRITERIA = "default,default without data,random,magnitude,l2,bn_scale,geometric_median,activation,taylor,fisher"
-PEERS = "tp:magnitude,tp:magnitude:local,tp:bn_scale,tp:taylor"
 Split = tuple[Tensor, Tensor]
 
 

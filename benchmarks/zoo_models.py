@@ -280,7 +280,8 @@ def _nets() -> list[Row]:
 
 def _handwritten() -> list[Row]:
     nets = importlib.import_module("tests.support.nets.handwritten").HANDWRITTEN
-    return [(name, build, partial(_net_example, inputs)) for name, (build, inputs, _) in nets.items()]
+    real = {name: each for name, each in nets.items() if name != "FourierOperator"}  # the zoo's dtypes are real
+    return [(name, build, partial(_net_example, inputs)) for name, (build, inputs, _) in real.items()]
 
 
 def _net_example(inputs: Callable[[], Any]) -> Example:
