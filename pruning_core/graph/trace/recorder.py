@@ -6,7 +6,6 @@ So whatever the model can run can be traced: no exporter, no symbolic shapes, da
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pruning_core.graph.inputs import leaves
-from pruning_core.graph.trace.labels import NONE, Axis, Labels, holds_any, unexpanded, varies, varying
+from pruning_core.graph.trace.fresh import FreshTensors
+from pruning_core.graph.trace.labels import Axis, Labels, holds_any, unexpanded, varying
 from pruning_core.graph.trace.operations import FRESH, UNSTEADY
 from pruning_core.graph.trace.shadows import AxisLabels, Shadow, StoredTensors, as_activation
 
@@ -121,9 +121,8 @@ class Recorder(TorchDispatchMode):
         self.squares = WeakTensorKeyDictionary()
         self._changed = WeakTensorKeyDictionary()
         self._made = WeakTensorKeyDictionary()
-        self._joined = WeakTensorKeyDictionary()
         self._quiet = False
-        self._buffers: dict[int, Tensor] = {}
+        self.fresh = FreshTensors()
         self.operations: list[Operation] = []
         self.costs: list[Cost] = []
         self.products: list[tuple[str, Tensor]] = []
@@ -239,57 +238,10 @@ class Recorder(TorchDispatchMode):
         """Executes the operation; overridden where the result must change."""
         return call.func(*args, **kwargs)
 
-    def buffer(self, shape: tuple[int, ...]) -> Tensor:
-        """A shadow for a fresh tensor; views of the tensor write into it."""
-        labels = torch.zeros(shape, dtype=torch.int32)
-        self._buffers[labels.untyped_storage().data_ptr()] = labels
-        return labels
-
-    def is_buffer(self, labels: Tensor) -> bool:
-        """Whether labels lie in the memory of a fresh tensor."""
-        return labels.untyped_storage().data_ptr() in self._buffers
-
-    def filled(self, labels: Tensor) -> None:
-        """Where a fresh tensor got channels in some rows, its other rows, which keep their constant, have them too."""
-        whole = self._buffers[labels.untyped_storage().data_ptr()]
-        for dim in range(whole.dim()):
-            line = whole.amax(dim, keepdim=True)
-            elsewhere = any(varies(line, other) for other in range(whole.dim()) if other != dim)
-            if elsewhere and bool(((whole == NONE) | (whole == line)).all()):
-                whole.copy_(line.expand(whole.shape))
-
     def consume(self, source: Tensor, taken: Tensor) -> None:
         """Ties an axis of a weight to the channels it consumes; freezes them where the weight has a fixed size."""
         self.consumers.update(axis for axis in self.labels.owners(taken) if axis)
         self.labels.tie(source, taken, "meets an input of fixed size")
-
-    def joined(self, tensor: Tensor, dim: int, pieces: list[Tensor]) -> bool:
-        """Remembers fresh tensors that were joined with others along ``dim``; whether there are any."""
-        starts = itertools.accumulate((each.shape[dim] for each in pieces), initial=0)
-        fresh = [(dim, at, each) for at, each in zip(starts, pieces, strict=False) if self.is_buffer(each)]
-        if fresh:
-            self._joined[tensor] = fresh
-        return bool(fresh)
-
-    def read(self, tensor: Tensor, labels: Tensor, dim: int, taken: Tensor) -> Tensor:
-        """The labels of what a weight reads as ``taken``: of a first state of zeros, or of one beside an input too."""
-        for along, at, each in self._joined.get(tensor, ()):
-            if along == dim % labels.dim():
-                there = unexpanded(labels)[0].narrow(dim, at, each.shape[dim])
-                mine = self.begun(each, dim, taken[at : at + each.shape[dim]])
-                there.copy_(mine[tuple(slice(size) for size in there.shape)])
-        return self.begun(labels, dim, taken)
-
-    def begun(self, labels: Tensor, dim: int, taken: Tensor) -> Tensor:
-        """A fresh tensor that a weight reads before anything was written into it (a first state of zeros) is as wide as
-        that weight: it gets the labels that are read."""
-        if not self.is_buffer(labels) or holds_any(labels) or labels.shape[dim] != len(taken):
-            return labels
-        view = [1] * labels.dim()
-        view[dim] = len(taken)
-        core = unexpanded(labels)[0]
-        core.copy_(taken.view(view).expand(core.shape))
-        return labels
 
     def statistic(self, call: Call, labels: Tensor) -> None:
         """Remembers that the module takes a statistic over these channels, and where its input has them."""

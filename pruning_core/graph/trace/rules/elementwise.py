@@ -34,7 +34,7 @@ MEET = "where masked_fill masked_fill_ lerp addcmul addcdiv _assert_tensor_metad
 def nothing_known(trace: Recorder, call: Call) -> Any:
     """No labelled input; a fresh tensor may become a buffer that labelled values are written into."""
     if call.name in BUFFERS and isinstance(call.result, Tensor):
-        return trace.buffer(tuple(call.result.shape))
+        return trace.fresh.add(tuple(call.result.shape))
     return None
 
 
@@ -70,7 +70,7 @@ def _adopt(trace: Recorder, call: Call, labels: Tensor) -> None:
     for tensor in call.tensors() if dims else []:
         missing = labels.dim() - tensor.dim()
         shadow = call.shadows[id(tensor)]
-        fresh = shadow if isinstance(shadow, Tensor) and trace.is_buffer(shadow) else None
+        fresh = shadow if isinstance(shadow, Tensor) and trace.fresh.holds(shadow) else None
         if tensor is call.result or holds_any(trace.known(tensor)) or (shadow is not None and fresh is None):
             continue
         if all(dim >= missing and tensor.shape[dim - missing] > 1 and tensor.stride(dim - missing) for dim in dims):
@@ -193,12 +193,12 @@ def write(trace: Recorder, call: Call) -> Any:
         return target
     if call.name.startswith(ADDS) or call["accumulate"] or isinstance(call["reduce"], str):
         return _added(trace, call, target, labels, dims)
-    if trace.is_buffer(target):
+    if trace.fresh.holds(target):
         run = {**call.arguments, "self": target}
         run.update({name: labels for name in ("source", "src", "values") if call[name] is source})
         run = {key: value for key, value in run.items() if key != "non_blocking"}
         written = target.copy_(labels) if call.name == "copy_" else call.func(**run)
-        trace.filled(target)
+        trace.fresh.filled(target)
         return written
     if call.name == "copy_":
         trace.labels.tie_where_both(target, labels.expand(target.shape))
@@ -235,7 +235,7 @@ def _added(trace: Recorder, call: Call, target: Tensor, labels: Tensor, dims: li
     if "indices" in call and fits:
         line = line.reshape(line.shape[len(rows) :])
     sizes = zip(reversed(line.shape), reversed(target.shape), strict=False)
-    fresh = trace.is_buffer(target)
+    fresh = trace.fresh.holds(target)
     if not fits or not (fresh or holds_any(target)) or any(mine not in (1, theirs) for mine, theirs in sizes):
         trace.freeze(target, "is added to by number")
         trace.freeze(labels, "is added by number")

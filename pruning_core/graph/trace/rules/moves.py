@@ -55,7 +55,7 @@ def follow(trace: Recorder, call: Call, main: str = "self") -> Any:
     if shadow is None:
         return None
     moved = run(call, main, shadow)
-    return moved if trace.is_buffer(shadow) else compact(moved)
+    return moved if trace.fresh.holds(shadow) else compact(moved)
 
 
 @rule(*SAME)
@@ -155,7 +155,7 @@ def pieces(trace: Recorder, call: Call) -> Any:
     else:
         found = [shadow.narrow(dim, start, size) for start, size in zip(starts, sizes, strict=True)]
         along = found if varies(shadow, dim) else []
-        if not trace.is_buffer(shadow):
+        if not trace.fresh.holds(shadow):
             found = [compact(each) for each in found]
     first: dict[int, Tensor] = {}
     for size, each in zip(sizes, along, strict=False):
@@ -203,7 +203,7 @@ def _joined(trace: Recorder, call: Call, tensors: list[Tensor]) -> Tensor:
             for each in first[1:]:
                 trace.labels.tie(first[0], each)
             return next(each for each in first if holds_any(each)).expand(call.result.shape)
-    if beside and trace.joined(call.result, dim, labels):
+    if beside and trace.fresh.joined(call.result, dim, labels):
         return compact(call.func(labels, call["dim"]), but=dim)
     return compact(call.func(labels, call["dim"]))
 

@@ -67,7 +67,7 @@ def addmm(trace: Recorder, call: Call) -> Any:
 
 
 def _apply(trace: Recorder, call: Call, source: str, taken: Tensor, given: Tensor, bias: str = "bias") -> Tensor:
-    labels = trace.read(call[source], trace.activation(call, source), -1, taken)
+    labels = trace.fresh.read(call[source], trace.activation(call, source), -1, taken)
     trace.consume(along(trace, labels, -1), taken)
     if varying(labels) and not varies(labels, labels.dim() - 1):
         return _across(trace, call, labels, labels.dim() - 1, [given])
@@ -96,7 +96,7 @@ def conv(trace: Recorder, call: Call) -> Any:
         trace.labels.freeze(source, "a convolution slides along channels")
     first, second = weight.vector(0), weight.vector(1)
     if groups == 1:
-        source = trace.read(call["input"], source, channel, first if turned else second)
+        source = trace.fresh.read(call["input"], source, channel, first if turned else second)
     taken = along(trace, source, channel)
     if groups == 1:
         given, inner = (second, first) if turned else (first, second)
@@ -199,7 +199,7 @@ def recurrent(trace: Recorder, call: Call) -> Any:
     each = len(weights) // (call["num_layers"] * directions)
     states = call["hx"] if isinstance(call["hx"], (list, tuple)) else [call["hx"]]
     given = [call.shadows.get(id(state)) for state in states]
-    fresh = [each for each in given if isinstance(each, Tensor) and trace.is_buffer(each) and not holds_any(each)]
+    fresh = [each for each in given if isinstance(each, Tensor) and trace.fresh.holds(each) and not holds_any(each)]
     for shadow in given:
         if shadow is not None and not any(shadow is each for each in fresh):
             trace.freeze(shadow, "is a given state")
@@ -214,7 +214,7 @@ def recurrent(trace: Recorder, call: Call) -> Any:
         source = torch.cat(out)
     for labels, known in zip(given, common[::-1] if gates == 4 else common[1:], strict=False):
         if isinstance(labels, Tensor):
-            trace.begun(labels, -1, known)
+            trace.fresh.begun(labels, -1, known)
     hidden = source.expand(call.result[0].shape)
     return (hidden, *[None] * (len(call.result) - 1)) if not common else (hidden, *_states(call, source, common))
 
@@ -262,7 +262,7 @@ def cell(trace: Recorder, call: Call) -> Any:
     states = call["hx"] if isinstance(call["hx"], (list, tuple)) else [call["hx"]]
     for state in states:
         labels = as_activation(trace.labels, call.shadows.get(id(state)), tuple(state.shape))
-        labels = trace.begun(labels, -1, given)
+        labels = trace.fresh.begun(labels, -1, given)
         trace.labels.tie_where_both(labels, given.expand(labels.shape))
     many = isinstance(call.result, (tuple, list))
     return tuple(given.expand(each.shape) for each in call.result) if many else given.expand(call.result.shape)
