@@ -22,6 +22,9 @@ FORWARDS = frozenset(
     )
 )
 
+MOST_ROWS = 256
+"""So many examples of a batch are kept apart: each takes eight bytes for each unit."""
+
 
 class Effects:
     """Sums ``w g`` over all that reads a unit: by example where a convolution or a linear layer reads it, whose input
@@ -77,6 +80,8 @@ class Effects:
         self._note(units, rows.sum(1, dtype=torch.float64).cpu())
 
     def _note(self, units: Tensor, rows: Tensor) -> None:
+        if len(rows) > MOST_ROWS:  # flattened words or regions: neighbours are of one example
+            rows = torch.stack([some.sum(0) for some in rows.tensor_split(MOST_ROWS)])
         sums = self._examples.setdefault(len(rows), torch.zeros(len(rows), self.count, dtype=torch.float64))
         sums.index_add_(1, units, rows)
         self.scored[units] = True

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers.pytorch_utils import Conv1D
 
 from pruning_core.channels import ChannelReport, plan_channels
+from pruning_core.channels.effects import MOST_ROWS, Effects
 from pruning_core.channels.scores import Data, unit_scores
 from pruning_core.criteria import CRITERIA
 from pruning_core.graph import ChannelGraph, GraphError, slim_
@@ -279,6 +280,18 @@ def test_whatever_reads_channels_says_how_the_loss_of_each_example_changes(name)
         change = change.view(6, 4, 3).sum(1)
     torch.testing.assert_close(found["taylor"], normed(change.abs().mean(0)), rtol=1e-9, atol=0.0)
     torch.testing.assert_close(found["fisher"], normed(change.square().mean(0)), rtol=1e-9, atol=0.0)
+
+
+def test_many_rows_are_kept_apart_in_few_parts():
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).double()
+    graph = ChannelGraph.trace(model, torch.randn(1, 6, dtype=torch.float64))
+    axes = [axis for group in graph.groups.values() for axis in group.axes]
+    with Effects(graph, axes) as effects:
+        model(torch.randn(5000, 6, dtype=torch.float64)).square().sum().backward()
+        assert list(effects._examples) == [MOST_ROWS]
+        effects.add(CRITERIA["taylor"](), {})
+    found = effects.scores(1)
+    assert all(found.known[unit] and found.values[unit] > 0 for unit in graph.where)
 
 
 def test_the_default_criterion_is_the_best_for_what_is_given(graph):
