@@ -16,7 +16,7 @@ FLOORS = [  # a room may import rooms of its own floor or lower; a room is a fil
     {"graph/errors", "graph/inputs", "graph/wrappers"},
     {"graph/trace"},
     {"graph/plan"},
-    {"graph/couple", "graph/cut"},
+    {"graph/couple", "graph/cut", "graph/cut/configuration"},
     {"graph/graph", "graph/__init__"},
     {"sparse_format"},
     {"masks", "channels"},
@@ -29,6 +29,7 @@ APART = [{"masks", "channels"}, {"graph/couple", "graph/cut"}]
 PACKAGES = {"torch", "numpy", "pydantic", "yaml", "safetensors"}
 MORE_PACKAGES = {
     "graph/couple": {"scipy"},
+    "graph/cut/configuration": {"transformers"},  # where a model has such a configuration
     "report": {"matplotlib"},  # when a picture is drawn
     "sparse_format": {"tqdm"},
     "export": {"onnx", "onnxruntime", "onnxscript"},  # when they are needed

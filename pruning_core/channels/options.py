@@ -35,6 +35,9 @@ class ChannelOptions(Options):
         Names, Field(description="`Conv` (every convolution), `Linear`, or exact class names", min_length=1)
     ] = list(FAMILIES)
     seed: Annotated[int, Field(description="of `random`")] = 0
+    uniform: Annotated[
+        bool, Field(description="every block of a stack keeps one width; a Transformers configuration says it")
+    ] = False
 
     @field_validator("criterion")
     @classmethod

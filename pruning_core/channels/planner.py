@@ -13,6 +13,8 @@ import torch
 
 from pruning_core.channels.options import GroupLimits, read_options
 from pruning_core.channels.scores import Data, ToLoss, unit_scores
+from pruning_core.channels.stacks import Stacks
+from pruning_core.channels.uniform import UniformRanking
 from pruning_core.criteria import CRITERIA
 from pruning_core.graph import ChannelGraph, GraphError, Plan, slim_
 from pruning_core.graph.inputs import without_collection
@@ -38,6 +40,7 @@ def plan_channels(
     batches: Iterable[Any] = (),
     to_loss: ToLoss | None = None,
     seed: int = 0,
+    uniform: bool = False,
 ) -> Plan:
     """The plan that leaves at most a share of one cost: ``{"macs": 0.5}``, ``params``, ``channels`` or ``latency``.
 
@@ -48,6 +51,10 @@ def plan_channels(
     (``re.search``) as most or [least, most]: ``{"stem": 0, "head": [0.2, 0.5]}``. ``op_names``,
     ``excluded_op_names``, ``pruning_op_types``: layers, as in ``WeightPruningConfig``. ``latency`` is measured on the
     graph's example, beside the dense model.
+
+    ``uniform``: all blocks of a stack keep one width, and of a Transformers model only those widths change that its
+    configuration can say: ``slim_`` writes them there, and plain ``from_pretrained`` loads what ``save_pretrained``
+    saves. What no number of the configuration says keeps its width; the report says why.
     """
     data = Data(batches, to_loss)
     options = read_options(
@@ -59,14 +66,24 @@ def plan_channels(
         excluded_op_names=excluded_op_names,
         pruning_op_types=pruning_op_types,
         seed=seed,
+        uniform=uniform,
     )
     kind, left = read_budget(budget)
     graph.check()
     room = GroupLimits(graph, options)
     scores = unit_scores(graph, CRITERIA[options.criterion](options.seed), data)
-    ranking = Ranking(room, scores, ordered(graph, scores, options.scope))
-    removed = _Search(graph, room, ranking, _cost_of(graph, kind), kind, left).run()
-    return replace(graph.plan(removed), criterion=options.criterion)
+    cost = _cost_of(graph, kind)
+    if options.uniform:
+        ranking = UniformRanking(room, scores, Stacks(graph), options.scope)
+        search = _Search(graph, room, ranking, cost, kind, left)
+        removed, changes = ranking.chosen(search.fewest, lambda removed: cost(removed) <= left)
+        plan = replace(graph.plan(removed), configuration=changes, notes=tuple(ranking.stacks.notes()))
+    else:
+        single = Ranking(room, scores, ordered(graph, scores, options.scope))
+        search = _Search(graph, room, single, cost, kind, left)
+        found = single.removed(search.fewest())
+        plan = graph.plan(found if kind == "latency" or options.round_to > 1 else search.given_back(found, scores))
+    return replace(plan, criterion=options.criterion)
 
 
 def read_budget(budget: Mapping[str, float]) -> tuple[str, float]:
@@ -144,32 +161,35 @@ class Ranking:
         removed = {name: some[: self.room.rounded(graph.groups[name], n)] for (name, some), n in each}
         return graph.restored(removed, self.scores)
 
+    def why(self) -> str:
+        """What else an error should say."""
+        return ""
+
 
 @dataclass
 class _Search:
-    """Bisects the number of removed units, then restores single ones while the budget allows."""
+    """Bisects how many of a ranking go; single units are restored while the budget allows."""
 
     graph: ChannelGraph
     room: GroupLimits
-    ranking: Ranking
+    ranking: Ranking | UniformRanking
     cost: Callable[[Removed], float]
     kind: str
     left: float
 
-    def run(self) -> Removed:
-        """The removals that meet the budget; GraphError where none do."""
+    def fewest(self) -> int:
+        """How many of the ranking must go; GraphError where even all do not meet the budget."""
         least = self.cost(self.ranking.removed(len(self.ranking)))
         if least > self.left:
             raise GraphError(
                 f"budget: cannot be met, got {self.kind} {self.left}; from {least:.3f} to 1 can be reached with these "
-                f"limits{self._frozen()}"
+                f"limits{self._frozen()}{self.ranking.why()}"
             )
         low, high = 0, len(self.ranking)
         while high - low > max(1, high // 64 if self.kind == "latency" else 1):
             middle = (low + high) // 2
             low, high = (low, middle) if self.cost(self.ranking.removed(middle)) <= self.left else (middle, high)
-        found = self.ranking.removed(high)
-        return found if self.kind == "latency" or self.room.round_to > 1 else self.given_back(found)
+        return high
 
     def _frozen(self) -> str:
         if not self.graph.groups:
@@ -180,12 +200,12 @@ class _Search:
         do = "call requires_grad_(True), or name their layers in op_names"
         return f", and {len(found)} groups stay because {first} require no gradient; {do}" if found else ""
 
-    def given_back(self, removed: Removed) -> Removed:
+    def given_back(self, removed: Removed, scores: Mapping[int, float]) -> Removed:
         """Restores the highest-scored removals one by one while the budget holds; channels of one group cost the
         same."""
         units = self.graph.units(removed) - self.graph.balances.of_unit.keys()
         dear: set[str] = set()
-        for unit in sorted(units, key=lambda each: -self.ranking.scores[each])[:GIVE_BACK]:
+        for unit in sorted(units, key=lambda each: -scores[each])[:GIVE_BACK]:
             name, channel = self.graph.where[unit]
             if name in dear:
                 continue

@@ -64,7 +64,7 @@ class ChannelReport(Report):
             tuple(_groups(graph, removed)),
             (graph.params(), graph.params(removed)),
             (graph.macs(), graph.macs(removed)),
-            (*graph.notes, *_untraced(graph), *_ranked(plan)),
+            (*graph.notes, *_untraced(graph), *_ranked(plan), *(plan.notes if plan is not None else ())),
         )
 
     def to_dict(self) -> dict[str, Any]:

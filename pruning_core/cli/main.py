@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     slim.add_argument("--criterion", choices=WITHOUT_DATA, default=WITHOUT_DATA[0], help="(%(default)s)")
     slim.add_argument("--scope", choices=("global", "local"), default="global", help="rank all together, or each group")
     slim.add_argument("--round-to", type=int, default=1, metavar="N", help="leave multiples of N channels (1)")
+    slim.add_argument("--uniform", action="store_true", help="one width per stack, which the configuration says")
     slim.add_argument("--plot", metavar="FILE", help="also draw a bar per layer")
     slim.add_argument("--overwrite", action="store_true", help="replace what is there")
 
@@ -92,7 +93,8 @@ def run(options: argparse.Namespace) -> None:
         case "slim":
             from pruning_core.cli.slim_folder import slim_folder
 
-            given = {"criterion": options.criterion, "scope": options.scope, "round_to": options.round_to}
+            names = ("criterion", "scope", "round_to", "uniform")
+            given = {name: getattr(options, name) for name in names}
             print(slim_folder(options.path, options.out, options.budget, options.overwrite, options.plot, **given))
         case "verify":
             print(packing.verify(options.path))

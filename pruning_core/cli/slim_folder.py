@@ -33,7 +33,8 @@ def slim_folder(
     if plot:
         done.report.plot(plot)
     kind = type(model).__name__
-    return f"{done}\n{out}: {kind}.from_pretrained loads it after `import pruning_core`"
+    first = "" if done.plan.configuration else " after `import pruning_core`; --uniform makes one that needs no import"
+    return f"{done}\n{out}: {kind}.from_pretrained loads it{first}"
 
 
 def _model(source: Path, config: dict[str, Any]) -> Any:

@@ -120,11 +120,12 @@ class ChannelGraph(Coupling):
         found = []
         for axis, vector in self.labels.axes.items():
             units = self.components.of_label[vector.numpy()]
-            why = Counter(reason for unit in units if (reason := self._reason(int(unit))))
+            why = Counter(reason for unit in units if (reason := self.reason(int(unit))))
             found += [(axis, count, reason) for reason, count in why.items()]
         return found
 
-    def _reason(self, unit: int) -> str | None:
+    def reason(self, unit: int) -> str | None:
+        """Why a unit stays; None for one that can go, or that nothing uses."""
         if unit in self.components.reasons or unit in self.where or self.components.fixed(unit):
             return self.components.reasons.get(unit)
         return "no other channel has the same axes, and one must stay"

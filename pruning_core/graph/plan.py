@@ -30,7 +30,9 @@ class Plan:
     dimension of their input that these lie on; None where it is not one. ``multiplied``: operations that sum removed
     channels of one activation times those of another. ``narrow_heads`` and ``outputs_may_shrink``: how the graph was
     traced. ``model``: a digest of the model's names and shapes. ``criterion``: what ranked the channels, if anything
-    did. ``example``, ``recorded``: what the graph was traced with, and its run; they are not saved.
+    did. ``configuration``: the numbers of a Transformers configuration that say what is left; ``slim_`` changes them.
+    ``notes``: what a report should say. ``example``, ``recorded``: what the graph was traced with, and its run; they
+    are not saved.
     """
 
     sizes: dict[Axis, int]
@@ -43,6 +45,8 @@ class Plan:
     outputs_may_shrink: bool = False
     model: str = ""
     criterion: str = ""
+    configuration: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     example: Inputs | None = field(default=None, compare=False, repr=False)
     recorded: Recorder | None = field(default=None, compare=False, repr=False)
 
@@ -68,6 +72,8 @@ class Plan:
             "outputs_may_shrink": self.outputs_may_shrink,
             "multiplied": sorted(self.multiplied),
             "criterion": self.criterion,
+            "configuration": dict(self.configuration),
+            "notes": list(self.notes),
         }
 
     @classmethod
@@ -92,6 +98,8 @@ class Plan:
                 outputs_may_shrink=bool(data.get("outputs_may_shrink", False)),
                 model=str(data["model"]),
                 criterion=str(data.get("criterion", "")),
+                configuration={str(name): each for name, each in dict(data.get("configuration", {})).items()},
+                notes=tuple(map(str, data.get("notes", ()))),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise GraphError(f"plan: is damaged, got {type(error).__name__}: {error}; make it again") from error

@@ -133,7 +133,10 @@ def test_on_the_command_line(folder, capsys):
     code, said = run(capsys, "slim", folder, "--budget", "params=0.7", "--plot", folder.parent / "plot.png")
     assert code == 0, said
     out = folder.with_name("bert-slim")
-    assert said.endswith(f"{out}: BertForSequenceClassification.from_pretrained loads it after `import pruning_core`\n")
+    assert said.endswith(
+        f"{out}: BertForSequenceClassification.from_pretrained loads it after `import pruning_core`; --uniform "
+        "makes one that needs no import\n"
+    )
     assert (folder.parent / "plot.png").stat().st_size > 1000
     model, dense = (BertForSequenceClassification.from_pretrained(each) for each in (out, folder))
     assert model.num_parameters() <= 0.7 * dense.num_parameters()

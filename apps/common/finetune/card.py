@@ -11,7 +11,7 @@ import huggingface_hub
 import yaml
 
 from apps.common.errors import BadInput
-from apps.common.finetune import hub
+from apps.common.finetune import hub, slim
 from apps.common.finetune.arguments import SECRET
 from apps.common.finetune.run import Run
 from pruning_core import SparsityReport, structure
@@ -34,7 +34,7 @@ def model_card(run: Run, report: SparsityReport | None) -> str:
     kind = "" if report is None else "A sparse "
     lines += [f"{kind}`{run.architecture}` for {run.data.name}.", ""]
     lines += _scores(run)
-    if structure(run.bare):
+    if slim.needs_import(run.bare):
         lines += ["Whole channels were removed: `import pruning_core` before `from_pretrained`.", ""]
     if report is not None:
         lines += _zeros(run, report)

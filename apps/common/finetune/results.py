@@ -174,7 +174,7 @@ def finish(run: Run, table: ResultsTable, folder: Path) -> None:
         _write(folder / "README.md", card.model_card(run, report))
         print(f"\n{epochs_of(progress.epoch)} in {duration(progress.seconds)}, all in {folder}")
         print(_last_table(run, size, report.reached if report else None))
-        first = " after `import pruning_core`" if structure(run.bare) else ""
+        first = " after `import pruning_core`" if slim.needs_import(run.bare) else ""
         loads = f"{folder} loads with {run.app.kind.__name__}.from_pretrained{first}"
         print(f"{loads}; report, curves and model card are in it")
     if run.options.with_tracking:

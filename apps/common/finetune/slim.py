@@ -18,7 +18,7 @@ from apps.common.errors import BadInput
 from apps.common.finetune.run import Cut, Data
 from apps.common.ranks import Ranks
 from apps.common.yaml_file import read_yaml
-from pruning_core import ChannelGraph, ChannelOptions, ChannelReport, Plan, plan_channels, slim_
+from pruning_core import ChannelGraph, ChannelOptions, ChannelReport, Plan, plan_channels, slim_, structure
 from pruning_core.options import Positive
 
 OPTION = "--slim_config"
@@ -105,6 +105,13 @@ def write(cut: Cut | None, folder: Path, *, goes_on: bool) -> None:
     if cut is not None and cut.report is not None:
         cut.report.save_json(folder / REPORT)
         cut.report.plot(folder / PICTURE)
+
+
+def needs_import(model: PreTrainedModel) -> bool:
+    """Whether ``from_pretrained`` loads it only where ``pruning_core`` is imported: its configuration does not say the
+    widths."""
+    found = structure(model)
+    return found is not None and not found.get("configuration")
 
 
 def summary(cut: Cut) -> str:

@@ -79,7 +79,7 @@ def _cut_shapes(model: nn.Module, plan: Plan, example: Inputs, recorded: Recorde
 def _cut(model: nn.Module, plan: Plan, example: Inputs, way: Way, recorded: Recorder | None) -> None:
     trial = shared_copy(model)
     if way.lively:
-        _enliven(trial)
+        enliven(trial)
         example = pytree.tree_map_only(Tensor, _varied_input, example)
     if way.upcast:
         example = in_double(example)
@@ -111,7 +111,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _enliven(model: nn.Module) -> None:
+def enliven(model: nn.Module) -> None:
     """Varies what is one number everywhere: the weights of a fresh norm, a layer scale of 1e-6, a zero that switches a
     branch off. Behind such numbers a wrong cut could hide."""
     generator = torch.Generator().manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from pruning_core.checkpoint import METHOD
 from pruning_core.graph.cut.attributes import like
+from pruning_core.graph.cut.configuration import configuration, configure
 from pruning_core.graph.cut.slicing import cut_parameters
 from pruning_core.graph.errors import GraphError
 from pruning_core.graph.plan import Plan, indices, ranges
@@ -20,14 +22,36 @@ ATTRIBUTE = "_pruning_core_structure"
 
 
 def remember(model: nn.Module, plan: Plan, attributes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Adds one cut to the model's structure, in indices of the dense model."""
-    known = structure(model) or {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": plan.model,
-        "kept": {},
-        "attributes": {},
-    }
+    """Adds one cut to the model's structure, in indices of the dense model.
+
+    A transformers model says it in its config as well: so ``save_pretrained`` writes it, and ``from_pretrained`` finds
+    it, where ``pruning_core`` is imported; where it is not, the shapes do not fit and it refuses. A cut that numbers of
+    the config say needs none of that: what the config builds is then dense, and later cuts are told from there.
+    """
+    said = configuration(model)
+    told = getattr(said, "quantization_config", None) or {}
+    model.__dict__[ATTRIBUTE] = _with(structure(model), model, plan, attributes)
+    if said is not None and plan.removed and not plan.configuration:
+        said.quantization_config = {
+            "quant_method": METHOD,
+            "slim": _with(told.get("slim") if isinstance(told, Mapping) else None, model, plan, attributes),
+        }
+
+
+def _with(
+    told: Mapping[str, Any] | None, model: nn.Module, plan: Plan, attributes: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    known: dict[str, Any] = (
+        copy.deepcopy(dict(told))
+        if told
+        else {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": plan.model,
+            "kept": {},
+            "attributes": {},
+        }
+    )
     for axis in plan.removed:
         name = str(axis)
         entry = known["kept"].get(name, {"size": plan.sizes[axis], "at": [[0, plan.sizes[axis] - 1]]})
@@ -40,15 +64,20 @@ def remember(model: nn.Module, plan: Plan, attributes: Mapping[str, Mapping[str,
     first = {id(each): name for name, each in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
     known["tied"] = {name: first[id(each)] for name, each in every if first[id(each)] != name}
-    keep_structure(model, known)
+    if plan.configuration and (not told or "configuration" in told):
+        known["configuration"] = {**known.get("configuration", {}), **plan.configuration}
+    else:
+        known.pop("configuration", None)
+    return known
 
 
 def keep_structure(model: nn.Module, found: dict[str, Any]) -> None:
-    """A transformers model says it in its config as well: so ``save_pretrained`` writes it, and ``from_pretrained``
-    finds it, where ``pruning_core`` is imported; where it is not, the shapes do not fit and it refuses."""
+    """Of a model that its config builds dense: the config says it in numbers, or carries the structure."""
     model.__dict__[ATTRIBUTE] = found
-    config = getattr(model, "config", None)
-    if config is not None and callable(getattr(config, "save_pretrained", None)):
+    config = configuration(model)
+    if config is not None and found.get("configuration"):
+        configure(model, found["configuration"])
+    elif config is not None:
         config.quantization_config = {"quant_method": METHOD, "slim": found}
 
 

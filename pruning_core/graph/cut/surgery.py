@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from pruning_core.graph.cut.attributes import Attributes
 from pruning_core.graph.cut.compare import CutModel
+from pruning_core.graph.cut.configuration import configure, reload_apart
 from pruning_core.graph.cut.difference import IN_FLOAT64, ROUNDING, tolerance_of, wanted
 from pruning_core.graph.cut.follow import follow, follow_usual_names
 from pruning_core.graph.cut.reference import masked_run
@@ -111,6 +112,8 @@ def slim_(
         for each in copies:
             cut_parameters(each, plan)
             attributes.apply_to(each)
+        if plan.configuration:
+            _configured([model, *copies], plan, example)
         states = [each for one in optimizers for each in cut_optimizer(one, before.tensors[0], plan, model)]
     except BaseException:
         before.restore()
@@ -124,6 +127,15 @@ def slim_(
     after = sum(parameter.numel() for parameter in model.parameters())
     compared = sum(leaf.numel() for leaf in reference if leaf.is_floating_point() or leaf.is_complex())
     return Slimmed(params, after, difference, compared, attributes.changed, exact)
+
+
+def _configured(models: list[nn.Module], plan: Plan, example: Inputs) -> None:
+    """The configurations say what is left: a model that is built from one and given these weights computes the same."""
+    for each in models:
+        configure(each, plan.configuration)
+    apart = reload_apart(models[0], example)
+    if apart:
+        raise GraphError(f"uniform: the configuration says another model, {apart}; everything was put back as it was")
 
 
 def _several(given: Any, kind: type) -> list[Any]:
