@@ -68,22 +68,23 @@ class UniformRanking:
                 break
             self._allowed[number] = fewer
         self._allowed = allowed
-        return self._said(best[1])
+        return self._said(best[1], fits)
 
-    def _said(self, taken: list[int]) -> tuple[Removed, dict[str, float]]:
-        """Where the configuration refuses the numbers (a width that is no multiple of the heads), some steps more are
-        tried."""
+    def _said(self, taken: list[int], fits: Callable[[Removed], bool]) -> tuple[Removed, dict[str, float]]:
+        """Where the configuration refuses the numbers (a width that is no multiple of the heads), some steps more of
+        one stack are tried; what they spare is given back to the others where it can be."""
         refused: GraphError | None = None
         for more in range(MOST_MORE):
             for number in range(len(taken)) if more else (0,):
                 some = [steps + more if at == number else steps for at, steps in enumerate(taken)]
                 if more and some[number] not in self._allowed[number]:
                     continue
-                removed = self._of(some)
-                try:
-                    return removed, self.stacks.configuration(removed)
-                except GraphError as error:
-                    refused = refused or error
+                for tried in (self._given_back(list(some), fits, but=number), some) if more else (some,):
+                    removed = self._of(tried)
+                    try:
+                        return removed, self.stacks.configuration(removed)
+                    except GraphError as error:
+                        refused = refused or error
         raise refused or GraphError("budget: no channel can be removed under uniform; plan without it")
 
     def why(self) -> str:
@@ -106,8 +107,8 @@ class UniformRanking:
         parts = zip(self.stacks.every, self._means, taken, strict=True)
         return sum(float(means[:steps].sum()) / stack.steps * len(stack.groups) for stack, means, steps in parts)
 
-    def _given_back(self, taken: list[int], fits: Callable[[Removed], bool]) -> list[int]:
-        last = {number: self._places[number][steps - 1] for number, steps in enumerate(taken) if steps}
+    def _given_back(self, taken: list[int], fits: Callable[[Removed], bool], but: int = -1) -> list[int]:
+        last = {n: self._places[n][steps - 1] for n, steps in enumerate(taken) if steps and n != but}
         for number in sorted(last, key=lambda each: -last[each]):
             fewer = [steps for steps in self._allowed[number] if steps < taken[number]]
 

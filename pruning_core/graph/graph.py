@@ -135,7 +135,8 @@ class ChannelGraph(Coupling):
         return [
             name
             for name in self.stored.names
-            if all(self._unused(Axis(name, dim)) for dim in range(self.stored.names[name].dim()))
+            if name in self.parameters
+            and all(self._unused(Axis(name, dim)) for dim in range(self.stored.names[name].dim()))
         ]
 
     def _unused(self, axis: Axis) -> bool:

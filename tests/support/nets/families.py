@@ -76,7 +76,12 @@ FAMILIES: dict[str, Row] = {
         _text,
     ),
     "GPT-2": ("GPT2LMHeadModel", {"n_layer": 2, **_FEW_WORDS, **_SPECIAL}, {"n_embd": 64, "n_head": 4}, _text),
-    "GPT-NeoX": ("GPTNeoXForCausalLM", {**_SHORT_TEXT, **_SPECIAL}, _NARROW, _text),
+    "GPT-NeoX": (
+        "GPTNeoXForCausalLM",
+        {**_SHORT_TEXT, **_SPECIAL, "hidden_size": 2048, "num_attention_heads": 16, "intermediate_size": 8192},
+        _NARROW,
+        _text,
+    ),
     "Llama": ("LlamaForCausalLM", _SHORT_TEXT, _GROUPED, _text),
     "Qwen2": ("Qwen2ForCausalLM", _SHORT_TEXT, _GROUPED, _text),
     "Qwen3": ("Qwen3ForCausalLM", _SHORT_TEXT, {**_GROUPED, "head_dim": 16}, _text),
