@@ -89,7 +89,13 @@ class UniformRanking:
 
     def why(self) -> str:
         """What keeps its width, for an error."""
-        return "".join(f"; {note}" for note in self.stacks.notes())
+        graph, reasons = self.room.graph, self.stacks.notes()
+        for stack, allowed in zip(self.stacks.every, self._allowed, strict=True):
+            free = [name for name in stack.groups if self.room.bounds(graph.groups[name])[1]]
+            if free and allowed == [0]:
+                stays = min(set(stack.groups) - set(free), default=stack.groups[0])
+                reasons.append(f"uniform: {free[0]} keeps its width with {stays}, which limits keep")
+        return "".join(f"; {each}" for each in [*reasons, "give a larger budget or uniform=False"])
 
     def _taken(self, count: int) -> list[int]:
         counts = np.bincount(self._order[:count], minlength=len(self._allowed)).tolist()

@@ -24,7 +24,7 @@ from pruning_core.graph.trace.activations import mean_activations
 from pruning_core.graph.trace.labels import Axis, Labels
 from pruning_core.graph.trace.modules import tie_modules
 from pruning_core.graph.trace.recorder import Recorder
-from pruning_core.graph.trace.replay import trains_alike
+from pruning_core.graph.trace.replay import AskedForMode, smaller, trains_alike
 from pruning_core.graph.trace.run import record
 from pruning_core.graph.trace.shadows import StoredTensors
 from pruning_core.graph.wrappers import refuse_unready, unwrapped
@@ -34,7 +34,8 @@ class ChannelGraph(Coupling):
     """The coupled channels of a model: which can be removed, and what goes with each.
 
     Made by ``ChannelGraph.trace(model, example_inputs)``. ``groups``: the removable channels, by name. ``frozen()``:
-    what cannot be removed, and why. ``example``: what the model was traced with. ``notes``: what a report should say.
+    what cannot be removed, and why. ``example``: what the model was traced with. ``small``: smaller inputs on which it
+    does the same, where there are any, and that run. ``notes``: what a report should say.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class ChannelGraph(Coupling):
         model: nn.Module,
         example: Inputs,
         traces: list[Recorder],
+        small: tuple[Inputs, Recorder],
         *,
         notes: list[str],
         outputs_may_shrink: bool = False,
@@ -49,7 +51,8 @@ class ChannelGraph(Coupling):
         super().__init__(traces[0].labels, traces)
         self.model, self.example, self.stored = model, example, traces[0].stored
         self.notes, self.outputs_may_shrink = notes, outputs_may_shrink
-        self._cut = TrialCuts(model, example, traces[0])
+        self.small = small
+        self._cut = TrialCuts(model, *small)
         self.traced = digest(model)
         self.parameters = frozenset(name for name, _ in model.named_parameters())
         self.consumers = frozenset(axis for trace in traces for axis in trace.consumers)
@@ -72,11 +75,11 @@ class ChannelGraph(Coupling):
         pass in training mode, where it takes something else. ``outputs_may_shrink``: channels of outputs are not
         frozen. ``narrow_heads``: attention keeps its heads and loses channels of each.
 
-        Cost: a forward pass in evaluation and one in training mode; then the trial on a copy that shares the model's
-        memory but for what is cut, a masked and a cut pass in float64 (on smaller inputs where the model does the same
-        on them) and a cut pass that is compared in shapes alone; and one to three more for each size that the code
-        keeps in its own way. ``trial=False`` spares the copy and its passes; then groups are listed that the code may
-        not follow, and ``slim_`` finds out.
+        Cost: a forward pass in evaluation mode, and, on smaller inputs where the model does the same on them, one in
+        training mode where its code asks for the mode; then the trial on a copy that shares the model's memory but for
+        what is cut, a masked and a cut pass in float64 and a cut pass that is compared in shapes alone; and one to
+        three more for each size that the code keeps in its own way. ``trial=False`` spares the copy and its passes;
+        then groups are listed that the code may not follow, and ``slim_`` finds out.
         """
         model = unwrapped(model)
         refuse_unready(model)
@@ -87,24 +90,26 @@ class ChannelGraph(Coupling):
                 "it was made from, and script it after the cut"
             )
         labels, example = Labels(narrow_heads), as_inputs(example_inputs)
-        first = next((each for each in leaves(example) if isinstance(each, Tensor) and each.dim()), None)
-        if first is not None and not first.shape[0]:
-            raise GraphError(f"example_inputs: holds no example, got shape {tuple(first.shape)}; give at least one")
+        batch = next((each for each in leaves(example) if isinstance(each, Tensor) and each.dim()), None)
+        if batch is not None and not batch.shape[0]:
+            raise GraphError(f"example_inputs: holds no example, got shape {tuple(batch.shape)}; give at least one")
         stored = StoredTensors(labels, model)
         may = outputs_may_shrink
-        traces = [record(Recorder(labels, stored), model, example, training=False, outputs_may_shrink=may)]
+        asked, first = AskedForMode(), Recorder(labels, stored)
+        traces = [record(first, model, example, training=False, outputs_may_shrink=may, inside=asked)]
         numbers_of(traces[0].output)
+        small = (smaller(model, example, traces[0]) if trial else None) or (example, traces[0])
         notes: list[str] = []
         try:
-            inputs = example if train_inputs is None else as_inputs(train_inputs)
-            if train_inputs is not None or not trains_alike(model, inputs, traces[0]):
+            inputs = small[0] if train_inputs is None else as_inputs(train_inputs)
+            if train_inputs is not None or (asked.kinds and not trains_alike(model, *small)):
                 traces.append(record(Recorder(labels, stored), model, inputs, training=True, outputs_may_shrink=may))
         except GraphError as error:
             if train_inputs is not None:
                 raise
             notes.append(f"traced in evaluation mode only: {error}")
         tie_modules(model, labels)
-        graph = cls(model, example, traces, notes=notes, outputs_may_shrink=outputs_may_shrink)
+        graph = cls(model, example, traces, small, notes=notes, outputs_may_shrink=outputs_may_shrink)
         if trial:
             prove(graph, model, graph._attempt)
         return graph

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,6 +42,23 @@ def leaves(output: Any) -> list[Tensor]:
         elif hasattr(leaf, "__dict__") and not isinstance(leaf, nn.Module):
             found += [each for each in vars(leaf).values() if isinstance(each, Tensor)]
     return found
+
+
+def flat(value: Any) -> list[Any]:
+    """What an operation takes or gives, in order; it knows no containers but lists, tuples and dicts."""
+    if isinstance(value, (list, tuple)):
+        return [leaf for each in value for leaf in flat(each)]
+    return flat(list(value.values())) if isinstance(value, dict) else [value]
+
+
+def mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """The same containers with changed contents."""
+    if isinstance(value, (list, tuple)):
+        found = [mapped(change, each) for each in value]
+        return found if isinstance(value, list) else tuple(found)
+    if isinstance(value, dict):
+        return {name: mapped(change, each) for name, each in value.items()}
+    return change(value)
 
 
 @contextlib.contextmanager

@@ -50,10 +50,11 @@ class Plan:
     example: Inputs | None = field(default=None, compare=False, repr=False)
     recorded: Recorder | None = field(default=None, compare=False, repr=False)
 
-    def kept(self, axis: Axis) -> list[int]:
-        """The indices of an axis that stay."""
-        gone = set(self.removed.get(axis, ()))
-        return [index for index in range(self.sizes[axis]) if index not in gone]
+    def kept(self, axis: Axis) -> np.ndarray:
+        """The indices of an axis that stay, int64."""
+        stays = np.ones(self.sizes[axis], dtype=bool)
+        stays[list(self.removed.get(axis, ()))] = False
+        return np.flatnonzero(stays)
 
     def __bool__(self) -> bool:
         return bool(self.removed)
@@ -159,7 +160,7 @@ def digest(model: nn.Module) -> str:
 
 def ranges(at: Iterable[int]) -> list[list[int]]:
     """Sorted indices as closed ranges: [0, 1, 2, 7] -> [[0, 2], [7, 7]]."""
-    found = np.array(sorted(at), dtype=int)
+    found = np.sort(np.array(at if isinstance(at, np.ndarray) else list(at), dtype=int))
     if not len(found):
         return []
     breaks = np.flatnonzero(np.diff(found) != 1)

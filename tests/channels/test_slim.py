@@ -74,9 +74,9 @@ def test_without_the_trial_the_cut_itself_finds_out():
     before = copy.deepcopy(model.state_dict())
     Scratch.calls = 0
     traced = pc.ChannelGraph.trace(model, torch.randn(2, 3), trial=False)
-    assert Scratch.calls == 2
+    assert Scratch.calls == 1  # no code asks for the mode: nothing to see in training
     tried = pc.ChannelGraph.trace(model, torch.randn(2, 3))
-    assert Scratch.calls >= 2 + 6
+    assert Scratch.calls >= 1 + 6
     assert list(tried.groups) == ["second.weight:0"]
     assert list(traced.groups) == ["first.weight:0", "second.weight:0"]
     pc.slim_(copy.deepcopy(model), pc.plan_channels(tried, {"channels": 0.75}), example_inputs=torch.randn(2, 3))

@@ -184,10 +184,19 @@ def test_a_budget_that_needs_more_is_refused_before_anything_is_cut():
     ):
         plan_channels(graph, {"macs": 0.5}, uniform=True)
     assert shapes(model) == before and model.config.to_dict() == config
+    with pytest.raises(GraphError, match=r"; give a larger budget or uniform=False$"):
+        plan_channels(graph, {"macs": 0.5}, uniform=True)
     held = min(Stacks(graph).held)
     layer = held.rpartition(".")[0].replace(".", r"\.")
     with pytest.raises(GraphError, match=rf"^limits: {layer}\S* must lose channels, which uniform cannot say: d_model"):
         plan_channels(graph, {"macs": 0.9}, uniform=True, limits={layer: [0.5, 0.9]})
+
+
+def test_what_limits_keep_keeps_what_goes_with_it_and_the_error_says_so():
+    graph, _, _ = graph_of("BERT")
+    kept = r"uniform: \S+query.weight:0 keeps its width with bert\S+word_embeddings.weight:1, which limits keep; give"
+    with pytest.raises(GraphError, match=rf"^budget: cannot be met, got macs 0.2; .*; {kept}"):
+        plan_channels(graph, {"macs": 0.2}, uniform=True, limits={"embeddings": 0})
 
 
 def test_models_without_a_configuration_keep_one_width_per_name():

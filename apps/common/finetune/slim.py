@@ -33,6 +33,7 @@ class SlimConfig(ChannelOptions):
     batches: Positive = 16
     criterion: str = "taylor"
     round_to: Positive = 8
+    uniform: bool = True
 
     @classmethod
     def load(cls, path: str) -> SlimConfig:

@@ -17,12 +17,11 @@ from pruning_core.graph.cut.compare import CutModel
 from pruning_core.graph.cut.difference import IN_FLOAT64, tolerance_of, wanted
 from pruning_core.graph.cut.follow import follow
 from pruning_core.graph.cut.reference import masked_run, recorded_run
-from pruning_core.graph.cut.slicing import cut_parameters
+from pruning_core.graph.cut.slicing import cut_parameters, empty_parameters
 from pruning_core.graph.errors import CannotRunError, GraphError, RoundedError
 from pruning_core.graph.inputs import Inputs
 from pruning_core.graph.plan import Plan, named_tensors
 from pruning_core.graph.trace.recorder import Recorder
-from pruning_core.graph.trace.replay import smaller
 from pruning_core.graph.trace.upcast import Upcast, in_double, stored_in_double
 
 
@@ -45,15 +44,10 @@ class TrialCuts:
 
     def __init__(self, model: nn.Module, example: Inputs, recorded: Recorder | None = None) -> None:
         self.model, self.example, self.recorded, self.ways = model, example, recorded, list(WAYS)
-        self._tried = False
 
     def __call__(self, plan: Plan, numbers: bool = True) -> None:
         """Without ``numbers`` shapes alone are compared, with the recorded run, as long as they do not depend on what
         was cut (which experts are chosen)."""
-        if self.recorded is not None and not self._tried:
-            self._tried = True
-            small = smaller(self.model, self.example, self.recorded)
-            self.example, self.recorded = small or (self.example, self.recorded)
         if not numbers and self.recorded is not None:
             with contextlib.suppress(GraphError):
                 return _cut_shapes(self.model, plan, self.example, self.recorded)
@@ -70,7 +64,7 @@ class TrialCuts:
 
 def _cut_shapes(model: nn.Module, plan: Plan, example: Inputs, recorded: Recorder) -> None:
     trial = shared_copy(model)
-    cut_parameters(trial, plan)
+    empty_parameters(trial, plan)
     attributes = Attributes(trial)
     attributes.follow_parameters()
     follow(attributes, CutModel(trial, recorded_run(recorded, plan), example, None, 0.0))

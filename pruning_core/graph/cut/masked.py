@@ -73,7 +73,7 @@ def _kept(modules: dict[str, nn.Module], names: dict[int, str], path: str, plan:
     vectors = all(each.dim() == 1 for each in own) and len(own) == len(list(modules[path].parameters()))
     removed = [axis for each in own if (axis := Axis(names[id(each)], 0)) in plan.removed]
     if vectors and removed and plan.norms[path] is not None:
-        return torch.tensor(plan.kept(removed[0]))
+        return torch.from_numpy(plan.kept(removed[0]))
     if vectors and own and not removed:
         return None
     raise GraphError(

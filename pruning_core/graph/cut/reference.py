@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pruning_core.graph.errors import OtherOperationsError
-from pruning_core.graph.inputs import Inputs
+from pruning_core.graph.inputs import Inputs, mapped
 from pruning_core.graph.plan import Plan
 from pruning_core.graph.trace import draws
 from pruning_core.graph.trace.labels import NONE, Labels, unexpanded, varies
@@ -68,7 +68,7 @@ class MaskedRun(Replay):
             for each in call.tensors()
             if not zeros or isinstance(shadows[id(each)], Tensor)
         }
-        args, kwargs = pytree.tree_map_only(Tensor, lambda each: masked.get(id(each), each), (args, kwargs))
+        args, kwargs = mapped(lambda each: masked.get(id(each), each), (args, kwargs))
         return self._run(call, args, kwargs)
 
     def _run(self, call: Call, args: Any, kwargs: Any) -> Any:

@@ -25,6 +25,15 @@ def laid_out(part: Tensor, whole: Tensor) -> Tensor:
     return part
 
 
+def empty_parameters(model: nn.Module, plan: Plan) -> None:
+    """Gives every parameter and buffer of the plan the shape that is left, of zeros that take no memory."""
+    tensors = named_tensors(model)
+    for name in {axis.tensor for axis in plan.removed}:
+        tensor = tensors[name]
+        kept = [tensor.shape[dim] - len(plan.removed.get(Axis(name, dim), ())) for dim in range(tensor.dim())]
+        put(tensor, tensor.detach().new_zeros(()).expand(kept))
+
+
 def cut_parameters(model: nn.Module, plan: Plan) -> None:
     """Slices every parameter and buffer of the plan in place, and gradients with them."""
     tensors = named_tensors(model)
@@ -35,7 +44,7 @@ def cut_parameters(model: nn.Module, plan: Plan) -> None:
         tensor = tensors[name]
         data, grad = tensor.detach(), tensor.grad
         for axis in axes:
-            kept = torch.tensor(plan.kept(axis), device=data.device)
+            kept = torch.from_numpy(plan.kept(axis)).to(data.device)
             data = data.index_select(axis.dim, kept)
             grad = None if grad is None else grad.index_select(axis.dim, kept)
         tensor.grad = None
@@ -90,7 +99,7 @@ def _cut(what: str, key: str, value: Tensor, shape: tuple[int, ...], axes: list[
         if axis.dim in dims:
             at = dims.index(axis.dim)
             if part.shape[at] == plan.sizes[axis]:
-                part = part.index_select(at, torch.tensor(plan.kept(axis), device=part.device))
+                part = part.index_select(at, torch.from_numpy(plan.kept(axis)).to(part.device))
     return laid_out(part.clone() if part._is_view() else part, value)
 
 

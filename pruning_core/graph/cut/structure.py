@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,8 +56,8 @@ def _with(
     for axis in plan.removed:
         name = str(axis)
         entry = known["kept"].get(name, {"size": plan.sizes[axis], "at": [[0, plan.sizes[axis] - 1]]})
-        before = indices(entry["at"])
-        known["kept"][name] = {"size": entry["size"], "at": ranges(before[index] for index in plan.kept(axis))}
+        before = np.array(indices(entry["at"]))
+        known["kept"][name] = {"size": entry["size"], "at": ranges(before[plan.kept(axis)])}
     for path, values in attributes.items():
         known["attributes"].setdefault(path, {}).update(
             {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pruning_core.graph.inputs import leaves
+from pruning_core.graph.inputs import flat, leaves
 from pruning_core.graph.trace.fresh import FreshTensors
 from pruning_core.graph.trace.labels import Axis, Labels, holds_any, unexpanded, varying
 from pruning_core.graph.trace.operations import FRESH, UNSTEADY
@@ -34,6 +35,7 @@ class Call:
     where: str
     shadows: dict[int, Shadow] = field(default_factory=dict)
     result: Any = None
+    _tensors: list[Tensor] | None = None
 
     @property
     def name(self) -> str:
@@ -52,19 +54,26 @@ class Call:
 
     def numbers(self) -> Numbers:
         """All int and float arguments, in order."""
-        return tuple(each for each in pytree.tree_leaves(self.arguments) if type(each) in (int, float))
+        return tuple(each for each in flat(self.arguments) if type(each) in (int, float))
 
     def tensors(self) -> list[Tensor]:
         """All tensor arguments, in order."""
-        return [leaf for leaf in pytree.tree_leaves(self.arguments) if isinstance(leaf, Tensor)]
+        if self._tensors is None:
+            self._tensors = [leaf for leaf in flat(self.arguments) if isinstance(leaf, Tensor)]
+        return self._tensors
 
 
 def arguments_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by their names in the schema, defaults included."""
+    names, defaults = _schema_of(func)
+    return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+
+
+@cache
+def _schema_of(func: Any) -> tuple[list[str], dict[str, Any]]:
     schema = func._schema.arguments
-    named = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-    named.update({argument.name: value for argument, value in zip(schema, args, strict=False)})
-    return {**named, **kwargs}
+    defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    return [argument.name for argument in schema], defaults
 
 
 class ModulePath:
@@ -111,6 +120,8 @@ class Recorder(TorchDispatchMode):
     channels. ``inputs``: the labels that each module was first called with.
     """
 
+    watches = True
+    """Whether ``entered`` is to be called."""
     path: ModulePath
     rule_of: Callable[[Call], Any]
 
@@ -154,7 +165,7 @@ class Recorder(TorchDispatchMode):
             shadow = self._labels_of(call)
             self._inherit(call)
         self._remember(result, shadow)
-        for leaf in pytree.tree_leaves(result):
+        for leaf in flat(result):
             if isinstance(leaf, Tensor):
                 self.dtypes.add(leaf.dtype)
                 if (leaf.numel() == 1 or not leaf.is_floating_point()) and call.name not in FRESH:
@@ -178,14 +189,14 @@ class Recorder(TorchDispatchMode):
 
     def changes(self, result: Any, labels: Tensor, because: str) -> None:
         """The result is another number once any of these channels goes: they freeze if an output depends on it."""
-        for leaf in pytree.tree_leaves(result):
+        for leaf in flat(result):
             if isinstance(leaf, Tensor):
                 self._changed[leaf] = [(labels, f"{because}, at {self.labels.place}")]
 
     def _inherit(self, call: Call) -> None:
         """What is computed from numbers that change does so as well. What is written elsewhere freezes at once."""
         found = [each for tensor in call.tensors() for each in self._changed.get(tensor, ())] if self._changed else []
-        results = [leaf for leaf in pytree.tree_leaves(call.result) if isinstance(leaf, Tensor)]
+        results = [leaf for leaf in flat(call.result) if isinstance(leaf, Tensor)]
         writes = any(each.alias_info is not None and each.alias_info.is_write for each in call.func._schema.arguments)
         if found and (writes or not results):
             self._freeze_changed(found)
@@ -331,7 +342,7 @@ class Operation:
     def of(cls, call: Call, result: Any, shadow: Any, constants: tuple[tuple[int, float], ...]) -> Operation:
         """The record of a call."""
         given = shadow if isinstance(shadow, (tuple, list)) else [shadow]
-        results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        results = [leaf for leaf in flat(result) if isinstance(leaf, Tensor)]
         known = [(tuple(each.shape), call.shadows[id(each)]) for each in call.tensors()]
         count = len(known)
         if len(given) == len(results):
@@ -358,4 +369,4 @@ def number_in(tensor: Tensor) -> float | None:
 
 def shapes_of(result: Any) -> tuple[tuple[int, ...], ...]:
     """The shapes of all tensors of a result."""
-    return tuple(tuple(leaf.shape) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
+    return tuple(tuple(leaf.shape) for leaf in flat(result) if isinstance(leaf, Tensor))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
 from pruning_core.graph.errors import CannotRunError, OtherOperationsError
-from pruning_core.graph.inputs import Inputs
-from pruning_core.graph.trace.labels import Labels
+from pruning_core.graph.inputs import Inputs, flat, leaves
+from pruning_core.graph.trace.labels import Labels, unexpanded
 from pruning_core.graph.trace.operations import CHANNELS_FIRST_NORMS, UNSTEADY
 from pruning_core.graph.trace.recorder import Call, Recorder, arguments_of, shapes_of
 from pruning_core.graph.trace.run import record
-from pruning_core.graph.trace.shadows import StoredTensors
+from pruning_core.graph.trace.shadows import AxisLabels, Shadow, StoredTensors
 
 
 class Replay(Recorder):
@@ -23,7 +26,7 @@ class Replay(Recorder):
 
     def __init__(self, labels: Labels, stored: StoredTensors, recorded: Recorder | None = None) -> None:
         super().__init__(labels, stored)
-        self.recorded = recorded
+        self.recorded, self.watches = recorded, recorded is None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.recorded is None:
@@ -39,15 +42,11 @@ class Replay(Recorder):
         result = self.execute(call, args, kwargs or {})
         if shapes_of(result) != known.shapes:
             raise OtherOperationsError
-        self.dtypes.update(leaf.dtype for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
+        self.dtypes.update(leaf.dtype for leaf in flat(result) if isinstance(leaf, Tensor))
         numbers, constants = call.numbers(), tuple((i, float(tensors[i].item())) for i, _ in known.constants)
         same = numbers == known.numbers and constants == known.constants
         self.operations.append(known if same else replace(known, numbers=numbers, constants=constants))
         return result
-
-    def entered(self, path: str, tensors: list[Tensor]) -> None:
-        if self.recorded is None:
-            super().entered(path, tensors)
 
     def end(self, output: Any, outputs_may_shrink: bool) -> None:
         if self.recorded is None:
@@ -65,6 +64,34 @@ class _Training(Replay):
         return super().execute(call, args, kwargs)
 
 
+class AskedForMode:
+    """A context that collects the classes whose code reads ``training``.
+
+    PyTorch's own modules do the same in both modes but for dropout and statistics over the batch, which are no matter
+    of channels; those of instance norms are.
+    """
+
+    def __init__(self) -> None:
+        self.kinds: set[type] = set()
+
+    def __enter__(self) -> None:
+        def read(module: nn.Module) -> bool:
+            kind = type(module)
+            if not kind.__module__.startswith("torch.nn.") or isinstance(module, _InstanceNorm):
+                self.kinds.add(kind)
+            if "training" not in module.__dict__:
+                raise AttributeError("training")
+            return bool(module.__dict__["training"])
+
+        def write(module: nn.Module, value: bool) -> None:
+            module.__dict__["training"] = value
+
+        nn.Module.training = property(read, write)  # type: ignore[assignment]  # each instance has its own otherwise
+
+    def __exit__(self, *error: object) -> None:
+        del nn.Module.training
+
+
 def trains_alike(model: nn.Module, example: Inputs, recorded: Recorder) -> bool:
     """Whether the model does the same in training mode as in the recorded run in evaluation mode."""
     try:
@@ -74,32 +101,91 @@ def trains_alike(model: nn.Module, example: Inputs, recorded: Recorder) -> bool:
     return True
 
 
+class _Resized(Replay):
+    """On smaller inputs: labels of the recorded run that do not differ along what became smaller."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        call = Call(func, arguments_of(func, args, kwargs or {}), self.path.now)
+        if call.name in UNSTEADY:
+            return self.execute(call, args, kwargs or {})
+        assert self.recorded is not None
+        at, tensors = len(self.operations), call.tensors()
+        known = self.recorded.operations[at] if at < len(self.recorded.operations) else None
+        if known is None or (call.name, call.where, len(tensors)) != (known.name, known.where, known.given):
+            raise OtherOperationsError
+        result = self.execute(call, args, kwargs or {})
+        made = [leaf for leaf in flat(result) if isinstance(leaf, Tensor)]
+        if len(made) != len(known.shapes):
+            raise OtherOperationsError
+        pairs = zip([*tensors, *made][: len(known.tensors)], known.tensors, strict=True)
+        resized = tuple((tuple(leaf.shape), self._resized(shadow, leaf)) for leaf, (_, shadow) in pairs)
+        several = isinstance(known.shadow, (tuple, list))
+        given = known.shadow if several else [known.shadow]
+        if several and len(given) != len(made):
+            raise OtherOperationsError
+        shadows = [self._resized(*each) for each in zip(given, made, strict=False)] or given
+        constants = tuple((i, float(tensors[i].item())) for i, _ in known.constants)
+        self.dtypes.update(leaf.dtype for leaf in made)
+        self.operations.append(
+            replace(
+                known,
+                numbers=call.numbers(),
+                shapes=shapes_of(result),
+                shadow=shadows if several else shadows[0],
+                tensors=resized,
+                constants=constants,
+            )
+        )
+        return result
+
+    def end(self, output: Any, outputs_may_shrink: bool) -> None:
+        assert self.recorded is not None
+        if len(self.operations) != len(self.recorded.operations):
+            raise OtherOperationsError
+        self.output = output
+        self.outputs = [self._resized(*each) for each in zip(self.recorded.outputs, leaves(output), strict=True)]
+
+    def _resized(self, shadow: Shadow, tensor: Tensor) -> Shadow:
+        if shadow is None or tuple(shadow.shape) == tuple(tensor.shape):
+            return shadow
+        if isinstance(shadow, AxisLabels):  # a part of a table of positions
+            return self.stored.shadow(tensor)
+        core = unexpanded(shadow)[0]
+        sizes = zip(core.shape, tensor.shape, strict=False)
+        if core.dim() != tensor.dim() or any(size not in (1, now) for size, now in sizes):
+            raise OtherOperationsError
+        return core.expand(tensor.shape)
+
+
 def smaller(model: nn.Module, example: Inputs, recorded: Recorder) -> tuple[Inputs, Recorder] | None:
     """Smaller inputs on which the model does all that it did in the recorded run, and that run; None without any."""
-    small = pytree.tree_map_only(Tensor, _smaller, example)
-    pairs = zip(pytree.tree_leaves(example), pytree.tree_leaves(small), strict=True)
-    if all(before is after for before, after in pairs):
-        return None
+    for parts in (4, 2):
+        small = pytree.tree_map_only(Tensor, partial(_smaller, parts=parts), example)
+        pairs = zip(pytree.tree_leaves(example), pytree.tree_leaves(small), strict=True)
+        if all(before is after for before, after in pairs):
+            return None
+        with contextlib.suppress(CannotRunError):
+            found = _recorded_on(model, small, recorded)
+            if found is not None:
+                return small, found
+    return None
+
+
+def _recorded_on(model: nn.Module, small: Inputs, recorded: Recorder) -> Recorder | None:
+    with contextlib.suppress(OtherOperationsError):
+        return record(_Resized(recorded.labels, recorded.stored, recorded), model, small, training=False)
     labels = Labels(recorded.labels.narrow_heads)
-    try:
-        found = record(Recorder(labels, StoredTensors(labels, model)), model, small, training=False)
-    except CannotRunError:
-        return None
+    found = record(Recorder(labels, StoredTensors(labels, model)), model, small, training=False)
     ran = iter([(each.name, each.where) for each in found.operations])  # more where the size is new (anchors)
-    return (small, found) if all((each.name, each.where) in ran for each in recorded.operations) else None
+    return found if all((each.name, each.where) in ran for each in recorded.operations) else None
 
 
-def _smaller(tensor: Tensor) -> Tensor:
-    """A corner of an image, of a side that strides of 32 divide; the first half of a row of words."""
+def _smaller(tensor: Tensor, parts: int) -> Tensor:
+    """A corner of an image, of a side that strides of 32 divide, at least 64 pixels; the first part of a row of words,
+    if there are 64."""
     if tensor.dim() == 4 and min(tensor.shape[-2:]) >= 128:
-        height, width = (_side(size) for size in tensor.shape[-2:])
+        height, width = (max(64, size // (32 * parts) * 32) for size in tensor.shape[-2:])
         return tensor[..., :height, :width]
     if tensor.dim() == 2 and not tensor.is_floating_point() and tensor.shape[1] >= 64:
-        return tensor[:, : tensor.shape[1] // 2]
+        return tensor[:, : tensor.shape[1] // parts]
     return tensor
-
-
-def _side(size: int) -> int:
-    """A quarter where that leaves 128 pixels, else a half."""
-    quarter = size // 128 * 32
-    return quarter if quarter >= 128 else size // 64 * 32

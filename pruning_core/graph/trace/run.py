@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,14 +16,22 @@ from pruning_core.graph.trace.rules import rule_of
 R = TypeVar("R", bound=Recorder)
 
 
-def record(trace: R, model: nn.Module, example: Inputs, *, training: bool, outputs_may_shrink: bool = False) -> R:
-    """One forward pass under the recorder."""
+def record(
+    trace: R,
+    model: nn.Module,
+    example: Inputs,
+    *,
+    training: bool,
+    outputs_may_shrink: bool = False,
+    inside: AbstractContextManager[Any] | None = None,
+) -> R:
+    """One forward pass under the recorder, and ``inside`` another context."""
     args, kwargs = example
-    path = ModulePath(model, trace.entered)
+    path = ModulePath(model, trace.entered if trace.watches else None)
     trace.begin(rule_of, path)
     try:
         trace.given(example)
-        with untouched(model, training), torch.inference_mode(), trace:
+        with untouched(model, training), torch.inference_mode(), trace, inside or nullcontext():
             output = model(*args, **kwargs)
         trace.end(output, outputs_may_shrink)
     except OtherOperationsError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,7 @@ class StoredTensors:
         self.labels = labels
         self.names: dict[str, Tensor] = {}
         self._by_memory: dict[int, list[tuple[str, Tensor]]] = {}
+        self._known: dict[tuple[Any, ...], AxisLabels] = {}
         for name, tensor in self._all(model):
             if tensor.numel() == 0 or tensor.dim() == 0:
                 continue
@@ -83,8 +85,16 @@ class StoredTensors:
         for name, tensor in self._by_memory.get(_memory(view), ()):
             offset = int(view.storage_offset() - tensor.storage_offset())
             if 0 <= offset < _extent(tensor) and view.dtype == tensor.dtype:
-                return self._axes(name, tensor, view, offset)
+                key = (name, offset, view.shape, view.stride())
+                if key not in self._known:
+                    whole = view.shape == tensor.shape and view.is_contiguous() and tensor.is_contiguous()
+                    self._known[key] = self._own(name, tensor) if whole else self._axes(name, tensor, view, offset)
+                return self._known[key]
         return None
+
+    def _own(self, name: str, tensor: Tensor) -> AxisLabels:
+        axes = (self.labels.axes[Axis(name, dim)] if size > 1 else None for dim, size in enumerate(tensor.shape))
+        return AxisLabels(tuple(axes), tuple(tensor.shape))
 
     def _axes(self, name: str, tensor: Tensor, view: Tensor, offset: int) -> AxisLabels:
         where = [_coordinates(tensor, offset, view.stride(dim), view.shape[dim]) for dim in range(view.dim())]

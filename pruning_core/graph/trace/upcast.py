@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pruning_core.graph.inputs import Inputs, put
+from pruning_core.graph.inputs import Inputs, flat, mapped, put
 from pruning_core.graph.trace import draws
 
 DOUBLE = {
@@ -78,7 +78,7 @@ class Upcast:
             named = dict(zip(kwargs, values[len(args) :], strict=True))
             result = draws.run(func, tuple(values[: len(args)]), named)
             views = any(each.alias_info is not None for each in schema.returns)
-            return result if views else pytree.tree_map_only(Tensor, _double, result)
+            return result if views else mapped(_double, result)
 
         result = again()
         name = func.overloadpacket.__name__
@@ -103,7 +103,7 @@ class Upcast:
             name = self._name(each) if self.scales else None
             return _double(each) * self.scales[name] if name in self.scales else _double(each)
 
-        return pytree.tree_map(convert, value)
+        return mapped(convert, value)
 
     def _name(self, tensor: Tensor) -> str | None:
         if tensor in self._same:
@@ -116,7 +116,7 @@ class Upcast:
             leaf
             for argument, value in given
             if argument.alias_info is None
-            for leaf in pytree.tree_leaves(value)
+            for leaf in flat(value)
             if isinstance(leaf, Tensor)
         ]
         found = {name: each for each in tensors if (name := self._name(each)) is not None}
@@ -144,8 +144,9 @@ def stored_in_double(tensors: Iterable[Tensor]) -> Iterator[None]:
             put(tensor, data)
 
 
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.to(DOUBLE[tensor.dtype]) if tensor.dtype in DOUBLE else tensor
+def _double(value: Any) -> Any:
+    low = isinstance(value, Tensor) and value.dtype in DOUBLE
+    return value.to(DOUBLE[value.dtype]) if low else value
 
 
 def _low(value: Any) -> bool:

@@ -30,7 +30,9 @@ def place(tmp_path_factory) -> Path:
         rows = apps.reviews if app == TEXT else apps.questions
         apps.write(folder / app / "train.jsonl", rows(23))
         apps.write(folder / app / "validation.jsonl", rows(11, seed=1))
-        apps.save_model(folder / app / "bert", app, initializer_range=0.3, hidden_dropout_prob=0.1)
+        apps.save_model(
+            folder / app / "bert", app, initializer_range=0.3, hidden_dropout_prob=0.1, intermediate_size=96
+        )
     return folder
 
 
@@ -80,12 +82,19 @@ def test_what_is_left_trains_is_pruned_learns_and_loads(place, tmp_path, capsys,
     said = capsys.readouterr().out
     assert "channels removed: " in said and "% of the multiply-adds are left" in said
     assert "l2 of the hidden states (x2)" in said  # the width stays, so the teacher's can be compared
-    assert "after `import pruning_core`" in said and "import pruning_core" in (out / "README.md").read_text()
+    assert "import pruning_core" not in said + (out / "README.md").read_text()
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
     dense, small = (KINDS[app].from_pretrained(folder) for folder in (place / app / "bert", out))
     assert weights(small) < weights(dense)
     assert small.get_input_embeddings().weight.shape == dense.get_input_embeddings().weight.shape
     plan, report = Plan.load(out / "channel_plan.json"), json.loads((out / "channel_report.json").read_text())
-    assert {str(axis) for axis in plan.removed} == set(structure(small)["kept"])
+    assert {str(axis) for axis in plan.removed} == {
+        f"{name}:{dim}"
+        for name, each in dense.named_parameters()
+        for dim in range(each.dim())
+        if each.shape[dim] != small.get_parameter(name).shape[dim]
+    }
+    assert plan.configuration == {"intermediate_size": small.config.intermediate_size} and structure(small) is None
     assert report["macs"][1] <= 0.5 * report["macs"][0] and report["params"] == [weights(dense), weights(small)]
     assert (out / "channels.png").stat().st_size > 0
     assert json.loads((out / "all_results.json").read_text())["sparsity"] > 0.7
@@ -103,9 +112,14 @@ def test_it_goes_on_to_the_bit_without_the_file(place, tmp_path, capsys, app):
     assert capsys.readouterr().out.count("channels removed: ") == 2
 
 
-def test_a_slim_model_is_cut_again_and_goes_on(place, tmp_path):
-    config = written(tmp_path, "{budget: {params: 0.8}, criterion: l2, round_to: 1}")
+@pytest.mark.parametrize("uniform", [True, False])
+def test_a_slim_model_is_cut_again_and_goes_on(place, tmp_path, capsys, uniform):
+    config = written(
+        tmp_path, f"{{budget: {{params: 0.8}}, criterion: l2, round_to: 1, uniform: {str(uniform).lower()}}}"
+    )
     assert apps.main(TEXT, words(place, TEXT, tmp_path / "one", slim_config=config)) == 0
+    assert ("after `import pruning_core`" in capsys.readouterr().out) != uniform
+    assert ("`import pruning_core`" in (tmp_path / "one/README.md").read_text()) != uniform
     again = {"model_name_or_path": tmp_path / "one", "checkpointing_steps": 2, "slim_config": config}
     assert apps.main(TEXT, words(place, TEXT, tmp_path / "two", **again)) == 0
     assert go_on(TEXT, tmp_path / "two/step_2", tmp_path / "on") == 0

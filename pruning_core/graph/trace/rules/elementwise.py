@@ -51,6 +51,8 @@ def pointwise(trace: Recorder, call: Call) -> Any:
     if not isinstance(call.result, Tensor):
         return None
     shape = tuple(call.result.shape)
+    if len(call.tensors()) == 1 and operands and isinstance(operands[0][1], Tensor) and not _is_square(call):
+        return operands[0][1].expand(shape)
     if all(isinstance(shadow, AxisLabels) for _, shadow in operands):
         parameter = _parameters(trace.labels, [shadow for _, shadow in operands], shape)  # type: ignore[misc]
         if parameter is not None:
