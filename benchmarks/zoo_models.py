@@ -205,6 +205,9 @@ _SPEECH = {
     **{"apply_spec_augment": False, "layerdrop": 0.0},
 }
 _STAGES = {"depths": [1, 1, 2, 1], "hidden_sizes": [32, 64, 128, 256]}
+_BACKBONE = {**_STAGES, "embedding_size": 32}
+_ENCODER_DECODER = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_layers": 2}
+_QUERIES = {**_ENCODER_DECODER, "d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "num_queries": 20}
 
 
 def _named(use_cache: bool | None = None, **shapes: tuple[int, ...]) -> Example:
@@ -254,6 +257,25 @@ TRANSFORMERS: dict[str, tuple[dict[str, Any], Callable[[], Example]]] = {
     "CLIPVisionModel": (_PATCHES, _pixel_example),
     "Dinov2Model": (_PATCHES, _pixel_example),
     "SiglipVisionModel": (_PATCHES, _pixel_example),
+    "DetrForObjectDetection": (
+        {
+            **{**_QUERIES, "encoder_layers": 2, "dropout": 0.0, "use_timm_backbone": False, "backbone": None},
+            **{"use_pretrained_backbone": False},
+            "backbone_config": {"model_type": "resnet", **_BACKBONE, "out_features": ["stage4"]},
+        },
+        _pixel_example,
+    ),
+    "RTDetrForObjectDetection": (
+        {
+            **{**_QUERIES, "encoder_hidden_dim": 64, "encoder_in_channels": [64, 128, 256], "num_denoising": 0},
+            **{"decoder_in_channels": [64, 64, 64], "feat_strides": [8, 16, 32]},
+            "backbone_config": {
+                **{"model_type": "rt_detr_resnet", **_BACKBONE, "layer_type": "basic"},
+                "out_features": ["stage2", "stage3", "stage4"],
+            },
+        },
+        _pixel_example,
+    ),
     "Wav2Vec2Model": ({**_BLOCKS, **_SPEECH}, _wave_example),
     "WhisperModel": ({**_TWO_STACKS, "num_mel_bins": 80, "max_source_positions": 100}, _spectrum_example),
 }
@@ -267,7 +289,8 @@ def _transformer(name: str) -> nn.Module:
     import transformers
 
     kind = getattr(transformers, name)
-    return kind(kind.config_class(**TRANSFORMERS[name][0]))
+    model: nn.Module = kind(kind.config_class(**TRANSFORMERS[name][0]))
+    return model.requires_grad_(True)  # the backbone of a DETR is frozen, and frozen weights stay
 
 
 # ---- hand-written nets ----------------------------------------------------------------------------------------------

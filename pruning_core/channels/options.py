@@ -57,6 +57,7 @@ class GroupLimits:
     def __init__(self, graph: ChannelGraph, options: ChannelOptions) -> None:
         self.graph, self.round_to, self.limits = graph, options.round_to, options.group_limits
         self._bounds: dict[str, tuple[int, int]] = {}
+        self._widths: dict[str, int] = {}
         self._layers = {name: _layers(group) for name, group in graph.groups.items()}
         self.limits.check_names("limits", [layer for layers in self._layers.values() for layer in layers])
         self._selector = Selector("", options.op_names, options.excluded_op_names, options.pruning_op_types)
@@ -105,13 +106,25 @@ class GroupLimits:
         return all(layer in self._modules and not self._selector.why_not(layer) for layer in known)
 
     def rounded(self, group: ChannelGroup, count: int) -> int:
-        """The largest number not above ``count`` that leaves a multiple of ``round_to``, in rows of the first axis."""
-        rows = group.rows(group.axes[0])
+        """The largest number not above ``count`` that leaves each layer a multiple of ``round_to``: a head is many
+        rows, and two that a fused gate and value make are one channel for the next layer."""
+        rows = self.rows(group) if self.round_to > 1 else 1
         least, most = self.bounds(group)
         count = min(max(count, least), most)
         while count and ((len(group) - count) * rows) % self.round_to:
             count -= 1
         return count
+
+    def rows(self, group: ChannelGroup) -> int:
+        """The fewest rows that one channel has in a layer that makes or reads it."""
+        if group.name not in self._widths:
+            layers = {axis: axis.tensor.rpartition(".")[0] for axis in group.axes}
+            known = [axis for axis in group.axes if axis in self.graph.consumers or self._is_layer(layers[axis])]
+            self._widths[group.name] = min(group.rows(axis) for axis in known or group.axes[:1])
+        return self._widths[group.name]
+
+    def _is_layer(self, path: str) -> bool:
+        return family(self.graph.model.get_submodule(path)) is not None
 
 
 def _layers(group: ChannelGroup) -> list[str]:

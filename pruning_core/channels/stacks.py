@@ -10,10 +10,20 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
+from torch import nn
 
 from pruning_core.graph import ChannelGraph, ChannelGroup, GraphError, Plan, slim_
-from pruning_core.graph.cut.configuration import Built, Effect, Place, Sizes, Widths, configuration
-from pruning_core.graph.cut.copies import enliven, shared_copy
+from pruning_core.graph.cut.configuration import (
+    Built,
+    Effect,
+    Place,
+    Sizes,
+    Widths,
+    configuration,
+    configure,
+    reload_apart,
+)
+from pruning_core.graph.cut.copies import cut_copy, enliven, shared_copy
 from pruning_core.graph.trace.labels import Axis
 
 MOST_SETTINGS = 16
@@ -194,11 +204,15 @@ class Stacks:
                 refused = refused or str(error)
                 continue
             try:
-                self._cut(replace(self.graph.plan(removed), configuration=changes))
-                return ""
+                cut = self._cut(self.graph.plan(removed))
+                configure(cut, changes)
+                apart = reload_apart(cut, self.graph.small[0])
+                if not apart:
+                    return ""
+                refused = f"the configuration says another model, {apart}"
             except GraphError as error:
                 refused = str(error)
-                break
+            break
         return f"{stack}: {refused.removeprefix('uniform: ').partition('; everything was put back')[0]}"
 
     def _counts(self, widths: Widths, stack: Stack) -> list[str]:
@@ -206,7 +220,7 @@ class Stacks:
         those (the width of a head) that stay there."""
         try:
             gone = _trials(stack.steps)[0]
-            cut = self._cut(self.graph.plan(self._some(stack, gone)))
+            cut = Built.of(self._cut(self.graph.plan(self._some(stack, gone))))
         except GraphError:  # was said before
             return []
         effects = [widths.alone[name] for name in stack.settings]
@@ -224,11 +238,16 @@ class Stacks:
             raise GraphError("it sets pieces of a chunk or split that are balanced with others")
         return removed
 
-    def _cut(self, plan: Plan) -> Built:
-        copy = shared_copy(self.graph.model)
-        enliven(copy)
-        slim_(copy, plan)
-        return Built.of(copy)
+    def _cut(self, plan: Plan) -> nn.Module:
+        example, recorded = self.graph.small
+        try:
+            return cut_copy(self.graph.model, plan, example, recorded)
+        except GraphError:  # shapes that depend on numbers: which experts are chosen
+            copy = shared_copy(self.graph.model)
+            enliven(copy)
+            slim_(copy, plan)
+            del configuration(copy).quantization_config  # how it was cut: numbers must say it alone
+            return copy
 
 
 def _missing(widths: Widths, groups: Iterable[ChannelGroup], effect: Effect) -> tuple[Axis, int] | None:

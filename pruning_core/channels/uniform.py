@@ -137,7 +137,7 @@ class UniformRanking:
     def _steps_of(self, stack: Stack) -> list[int]:
         """How many steps the limits of all groups allow."""
         groups = {
-            (len(group), group.rows(group.axes[0]), self.room.bounds(group)): group
+            (len(group), self.room.rows(group), self.room.bounds(group)): group
             for group in (self.room.graph.groups[name] for name in stack.groups)
         }
         sizes = [(group, len(group) // stack.steps) for group in groups.values()]

@@ -396,3 +396,24 @@ def test_gradients_of_one_batch_are_gone_before_the_next(criterion):
     plan_channels(graph, {"channels": 0.5}, criterion=criterion, batches=batches, to_loss=to_loss)
     assert len(seen) == 16 and alive == [0, 0, 0, 0]
     assert all(ref() is None for ref in seen)
+
+
+class FusedGate(nn.Module):
+    """Gate and value come from one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.both, self.down = nn.Linear(8, 96), nn.Linear(48, 4)
+
+    def forward(self, x):
+        gate, value = self.both(x).chunk(2, dim=-1)
+        return self.down(gate.sigmoid() * value)
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_every_layer_keeps_a_multiple(uniform):
+    torch.manual_seed(0)
+    model = FusedGate()
+    graph = ChannelGraph.trace(model, torch.randn(2, 8))
+    slim_(model, plan_channels(graph, {"macs": 0.45}, round_to=8, uniform=uniform))
+    assert (model.both.out_features, model.down.in_features) == (32, 16)

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from pruning_core.graph.cut.attributes import Attributes
 from pruning_core.graph.cut.compare import CutModel
 from pruning_core.graph.cut.difference import IN_FLOAT64, tolerance_of, wanted
-from pruning_core.graph.cut.follow import follow
+from pruning_core.graph.cut.follow import follow, follow_usual_names
 from pruning_core.graph.cut.reference import masked_run, recorded_run
 from pruning_core.graph.cut.slicing import cut_parameters, empty_parameters
 from pruning_core.graph.errors import CannotRunError, GraphError, RoundedError
@@ -89,6 +89,20 @@ def _cut(model: nn.Module, plan: Plan, example: Inputs, way: Way, recorded: Reco
         tolerance = IN_FLOAT64 if way.upcast else tolerance_of(trace.dtypes)
         cut = CutModel(trial, trace, example, reference, tolerance)
         follow(attributes, cut)
+
+
+def cut_copy(model: nn.Module, plan: Plan, example: Inputs, recorded: Recorder) -> nn.Module:
+    """A cut copy whose attributes follow, with weights behind which nothing can hide; shapes alone are compared, of a
+    cut that a trial has proved."""
+    trial = shared_copy(model)
+    enliven(trial)
+    cut_parameters(trial, plan)
+    attributes = Attributes(trial)
+    attributes.follow_parameters()
+    cut = CutModel(trial, recorded_run(recorded, plan), example, None, 0.0)
+    follow(attributes, cut)
+    follow_usual_names(attributes, cut, plan)
+    return trial
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
