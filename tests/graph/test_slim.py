@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from pruning_core.graph import ChannelGraph, GraphError, masked_, slim_, structure
 from pruning_core.graph.trace.labels import Axis
+from pruning_core.graph.trace.replay import AskedForMode
 from tests.support.graph_reference import (
     Calls,
     KeptNorm,
@@ -531,3 +532,50 @@ def test_it_says_when_there_was_nothing_to_compare():
     done = slim_(model, graph.plan({name: [0, 3]}), example_inputs=rows)
     assert done.compared == 0
     assert str(done).endswith("outputs hold no numbers: shapes alone were compared with the masked model")
+
+
+class Moody(nn.Module):
+    """Another layer in training mode; it says so by ``training``, by a hook, or not at all."""
+
+    def __init__(self, ask):
+        super().__init__()
+        self.first, self.extra, self.last = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.norm, self.drop, self.ask = nn.BatchNorm1d(8), nn.Dropout(0.5), ask
+
+    def forward(self, x):
+        x = self.drop(self.norm(self.first(x)))
+        if self.ask and self.training:
+            x = self.extra(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("ask", [True, False])
+def test_training_mode_is_looked_at_where_something_asks_for_it(ask):
+    graph = ChannelGraph.trace(Moody(ask), torch.randn(4, 3))
+    assert len(graph.traces) == 1 + ask
+    assert ("extra.weight" in graph.untraced()) != ask
+    assert "training" not in vars(nn.Module)
+
+
+def test_a_hook_that_asks_is_seen():
+    """Spectral norm of old iterates in training mode."""
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 8)), nn.ReLU(), nn.Linear(8, 2))
+    asked = AskedForMode()
+    with asked:
+        model.eval()(torch.randn(2, 3))
+    assert asked.kinds == {nn.Linear}
+
+
+@pytest.mark.parametrize(("shape", "small"), [((1, 3, 224, 224), (1, 3, 64, 64)), ((1, 3, 96, 96), None)])
+def test_a_trial_runs_on_smaller_images_with_the_same_labels(shape, small):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    graph = ChannelGraph.trace(model, torch.randn(shape))
+    (images,), _ = graph.small[0]
+    assert tuple(images.shape) == (small or shape)
+    assert graph.small[1].labels is graph.labels and (graph.small[1] is graph.traces[0]) == (small is None)
+    flat = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 126 * 126, 2))
+    (images,), _ = ChannelGraph.trace(flat, torch.randn(1, 3, 128, 128)).small[0]
+    assert images.shape[-1] == 128  # it cannot run on less

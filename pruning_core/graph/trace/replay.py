@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from pruning_core.graph.errors import CannotRunError, OtherOperationsError
@@ -64,12 +65,16 @@ class _Training(Replay):
         return super().execute(call, args, kwargs)
 
 
-class AskedForMode:
-    """A context that collects the classes whose code reads ``training``.
+ALIKE = (
+    *(_DropoutNd, _BatchNorm, nn.RReLU, nn.RNNBase, nn.MultiheadAttention),
+    *(nn.TransformerEncoder, nn.TransformerEncoderLayer),
+)
+"""PyTorch's own modules that do the same in both modes, but for dropout and statistics over the batch: these are no
+matter of channels."""
 
-    PyTorch's own modules do the same in both modes but for dropout and statistics over the batch, which are no matter
-    of channels; those of instance norms are.
-    """
+
+class AskedForMode:
+    """A context that collects the classes of which something reads ``training``; those that are ``ALIKE`` may."""
 
     def __init__(self) -> None:
         self.kinds: set[type] = set()
@@ -77,7 +82,7 @@ class AskedForMode:
     def __enter__(self) -> None:
         def read(module: nn.Module) -> bool:
             kind = type(module)
-            if not kind.__module__.startswith("torch.nn.") or isinstance(module, _InstanceNorm):
+            if not isinstance(module, ALIKE) or not kind.__module__.startswith("torch.nn.modules."):
                 self.kinds.add(kind)
             if "training" not in module.__dict__:
                 raise AttributeError("training")
