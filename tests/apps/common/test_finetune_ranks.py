@@ -83,7 +83,7 @@ def place(tmp_path_factory) -> Path:
         apps.write(folder / app / "train.jsonl", rows(ROWS))
         apps.write(folder / app / "validation.jsonl", rows(HELD_OUT, seed=1))
         apps.save_model(folder / app / "bert", app, **DROPOUT, **WILD)
-    (folder / "slim.yaml").write_text("{batches: 2, round_to: 4, limits: {embeddings: 0}, budget: {params: 0.8}}")
+    (folder / "slim.yaml").write_text("{batches: 2, round_to: 4, limits: {embeddings: 0}, budget: {macs: 0.8}}")
     runs = [each for app in apps.APPS for each in plan(folder, app)]
     (folder / "plan.json").write_text(json.dumps(runs))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
