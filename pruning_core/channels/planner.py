@@ -13,7 +13,7 @@ import torch
 
 from pruning_core.channels.options import GroupLimits, read_options
 from pruning_core.channels.scores import Data, ToLoss, unit_scores
-from pruning_core.channels.stacks import Stacks
+from pruning_core.channels.stacks import Removed, Stacks
 from pruning_core.channels.uniform import UniformRanking
 from pruning_core.criteria import CRITERIA
 from pruning_core.graph import ChannelGraph, GraphError, Plan, slim_
@@ -22,7 +22,6 @@ from pruning_core.latency import relative_latency
 
 GIVE_BACK = 50
 BUDGETS = ("channels", "params", "macs", "latency")
-Removed = dict[str, list[int]]
 
 
 @without_collection()

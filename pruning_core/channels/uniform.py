@@ -94,7 +94,7 @@ class UniformRanking:
             free = [name for name in stack.groups if self.room.bounds(graph.groups[name])[1]]
             if free and allowed == [0]:
                 stays = min(set(stack.groups) - set(free), default=stack.groups[0])
-                reasons.append(f"uniform: {free[0]} keeps its width with {stays}, which limits keep")
+                reasons.append(f"uniform: {free[0]} keeps its width with {stays}, which must stay")
         return "".join(f"; {each}" for each in [*reasons, "give a larger budget or uniform=False"])
 
     def _taken(self, count: int) -> list[int]:

@@ -102,7 +102,7 @@ class ChannelGraph(Coupling):
         notes: list[str] = []
         try:
             inputs = small[0] if train_inputs is None else as_inputs(train_inputs)
-            if train_inputs is not None or (asked.kinds and not trains_alike(model, *small)):
+            if train_inputs is not None or (asked.names and not trains_alike(model, *small)):
                 traces.append(record(Recorder(labels, stored), model, inputs, training=True, outputs_may_shrink=may))
         except GraphError as error:
             if train_inputs is not None:

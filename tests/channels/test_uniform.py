@@ -16,7 +16,7 @@ from transformers import BertForSequenceClassification
 
 from pruning_core import load_slim, save_slim, slim, structure
 from pruning_core.channels import ChannelReport, plan_channels
-from pruning_core.channels.stacks import Stack, Stacks
+from pruning_core.channels.stacks import Stacks
 from pruning_core.graph import ChannelGraph, GraphError, Plan, slim_
 from pruning_core.graph.cut.configuration import Built, Widths, changed
 from tests.support.nets.families import FAMILIES, family
@@ -194,7 +194,7 @@ def test_a_budget_that_needs_more_is_refused_before_anything_is_cut():
 
 def test_what_limits_keep_keeps_what_goes_with_it_and_the_error_says_so():
     graph, _, _ = graph_of("BERT")
-    kept = r"uniform: \S+query.weight:0 keeps its width with bert\S+word_embeddings.weight:1, which limits keep; give"
+    kept = r"uniform: \S+query.weight:0 keeps its width with bert\S+word_embeddings.weight:1, which must stay; give"
     with pytest.raises(GraphError, match=rf"^budget: cannot be met, got macs 0.2; .*; {kept}"):
         plan_channels(graph, {"macs": 0.2}, uniform=True, limits={"embeddings": 0})
 
@@ -205,8 +205,8 @@ def test_models_without_a_configuration_keep_one_width_per_name():
     done = slim(model, {"macs": 0.5}, IMAGE, uniform=True)
     assert done.plan.configuration == {}
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
-        assert stage[0].conv1.out_channels == stage[1].conv1.out_channels < stage[0].conv2.out_channels * 2
-    assert structure(model) is not None
+        assert stage[0].conv1.out_channels == stage[1].conv1.out_channels
+    assert model.layer4[0].conv1.out_channels < 512
 
 
 def test_a_number_that_the_configuration_refuses_is_not_chosen():
@@ -375,7 +375,3 @@ def test_limits_of_one_stack_must_have_a_width_in_common():
         GraphError, match=r"^limits: the groups of one width have none in common, got bert.encoder.layer.0"
     ):
         plan_channels(graph, {"macs": 0.8}, uniform=True, limits=limits)
-
-
-def test_stacks_are_plain():
-    assert str(Stack(("a",), 4, ("hidden_size", "heads"))) == "hidden_size with heads"

@@ -227,7 +227,8 @@ def reload_apart(model: nn.Module, example: Inputs) -> str:
             fresh = kind.from_pretrained(None, config=config, state_dict=state, dtype=getattr(model, "dtype", None))
             fresh = fresh.to(next(model.parameters()).device)
     except Exception as error:  # any: the loader is not ours
-        raise GraphError(f"uniform: {kind.__name__} cannot be loaded, got {type(error).__name__}: {error}") from error
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise GraphError(f"uniform: {kind.__name__} cannot be loaded, got {why}; plan without uniform") from error
     args, kwargs = example
     outputs = []
     for each in (model, fresh):

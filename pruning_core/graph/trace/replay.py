@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from pruning_core.graph.errors import CannotRunError, OtherOperationsError
@@ -65,25 +64,22 @@ class _Training(Replay):
         return super().execute(call, args, kwargs)
 
 
-ALIKE = (
-    *(_DropoutNd, _BatchNorm, nn.RReLU, nn.RNNBase, nn.MultiheadAttention),
-    *(nn.TransformerEncoder, nn.TransformerEncoderLayer),
-)
-"""PyTorch's own modules that do the same in both modes, but for dropout and statistics over the batch: these are no
+ALIKE = frozenset(f"torch.nn.modules.{name}" for name in ("activation", "batchnorm", "dropout", "rnn", "transformer"))
+"""PyTorch's own code that does the same in both modes, but for dropout and statistics over the batch: these are no
 matter of channels."""
 
 
 class AskedForMode:
-    """A context that collects the classes of which something reads ``training``; those that are ``ALIKE`` may."""
+    """A context that collects the Python modules whose code reads ``training``; those that are ``ALIKE`` may."""
 
     def __init__(self) -> None:
-        self.kinds: set[type] = set()
+        self.names: set[str] = set()
 
     def __enter__(self) -> None:
         def read(module: nn.Module) -> bool:
-            kind = type(module)
-            if not isinstance(module, ALIKE) or not kind.__module__.startswith("torch.nn.modules."):
-                self.kinds.add(kind)
+            asks = str(sys._getframe(1).f_globals.get("__name__"))
+            if asks not in ALIKE:
+                self.names.add(asks)
             if "training" not in module.__dict__:
                 raise AttributeError("training")
             return bool(module.__dict__["training"])
