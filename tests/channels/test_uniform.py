@@ -157,6 +157,21 @@ def test_what_is_relative_keeps_its_width_by_its_own_number(tmp_path):
     assert same(type(model).from_pretrained(tmp_path), model, inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["BERT", "Llama", "GPT-NeoX"])
+def test_half_precision_hides_no_other_model(tmp_path, name, dtype):
+    """Four heads of 12 in place of three of 16: in bfloat16 the difference could be rounding."""
+    model, inputs = family(name)
+    model.to(dtype)
+    graph = ChannelGraph.trace(model, inputs)
+    assert tuple(sorted({each for stack in Stacks(graph).every for each in stack.settings})) == SAYS[name]
+    slim_(model, plan_channels(graph, {"macs": 0.75}, uniform=True, criterion="random"))
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=dtype).to(dtype)
+    for mine, theirs in zip(outputs(model.double(), inputs), outputs(loaded.double(), inputs), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "why"),
     [

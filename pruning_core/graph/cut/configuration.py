@@ -228,15 +228,18 @@ def reload_apart(model: nn.Module, example: Inputs) -> str:
             config = copy.deepcopy(configuration(model))
             fresh = kind.from_pretrained(None, config=config, state_dict=state, dtype=getattr(model, "dtype", None))
             fresh = fresh.to(next(model.parameters()).device)
+            mine = dict(model.named_buffers())
+            for name, buffer in fresh.named_buffers():  # ``model.to(bfloat16)`` rounds those that are not saved, too
+                buffer.data = buffer.to(mine[name].dtype) if name in mine else buffer.data
     except Exception as error:  # any: the loader is not ours
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise GraphError(f"uniform: {kind.__name__} cannot be loaded, got {why}; plan without uniform") from error
     if _same(model, fresh, example):
         return ""
-    mine, other = Built.of(model).numbers, Built.of(fresh).numbers
-    scale = next((at for at, was in mine.items() if isinstance(was, float) and other.get(at, was) != was), None)
+    have, other = Built.of(model).numbers, Built.of(fresh).numbers
+    scale = next((at for at, was in have.items() if isinstance(was, float) and other.get(at, was) != was), None)
     if scale is not None:
-        return f"{'.'.join(scale)} is {mine[scale]:.4g} and would be {other[scale]:.4g}"
+        return f"{'.'.join(scale)} is {have[scale]:.4g} and would be {other[scale]:.4g}"
     return "the model would compute something else"
 
 
